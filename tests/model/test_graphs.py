@@ -18,7 +18,7 @@ from quickchange_kernels.random_inputs import random_tables
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.module_groups import Member, ModuleGroup
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.model.cuda_graphs import Graphs, Outputs, capture_for
+from quickchange_server.model.cuda_graphs import Graphs, Outputs
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 CPU = torch.device("cpu")
@@ -119,10 +119,6 @@ def test_adapters_of_any_rank_come_and_go_without_a_new_capture() -> None:
         pool.free(slot)
         graphs.run("a", Inputs(torch.zeros(1)), pool.tables)
     assert len(capture.rows) == 1
-
-
-def test_a_cpu_captures_nothing() -> None:
-    assert capture_for(CPU) is None
 
 
 def test_graphs_write_their_outputs_to_the_same_memory() -> None:

@@ -79,7 +79,7 @@ int64_t heads_together(const AttentionArgs<T>& args, const AttentionTables& tabl
   int64_t items = 0;
   for (int64_t b = 0; b < tables.sequences; b++)
     if (tables.starts[b + 1] > tables.starts[b]) items += 1 + tables.lengths[b] / KEYS_PER_SPLIT;
-  const int64_t wanted = 4 * at::get_num_threads();
+  const int64_t wanted = 4 * num_threads();
   const int64_t pieces = std::max<int64_t>(1, (wanted + items - 1) / std::max<int64_t>(1, items));
   return std::clamp<int64_t>(args.Hkv / pieces, 1, MAX_ATTENTION_HEADS);
 }

@@ -82,7 +82,7 @@ void run_linear_panels(
   const PanelArgs<T> args{
       data<T>(x), x.stride(0), x.size(0), data<T>(panels), columns,
       x.size(1) / PANEL_DEPTH<T>, bias ? data<T>(*bias) : nullptr, data<T>(y)};
-  const int64_t count = (columns + PANEL_WIDTH - 1) / PANEL_WIDTH, threads = at::get_num_threads();
+  const int64_t count = (columns + PANEL_WIDTH - 1) / PANEL_WIDTH, threads = num_threads();
   const int64_t step = std::max<int64_t>(1, count / (threads * 8));
   const Kernels& version = kernels();
   share((count + step - 1) / step, [&](int64_t i) {

@@ -175,7 +175,7 @@ void cut_rows(LowRankPlan<T>& plan) {
 template <class T, class X>
 bool share_by_rows(const LowRankArgs<T, X>& args, LowRankPlan<T>& plan, int64_t columns) {
   cut_rows(plan);
-  const int64_t parts = plan.cuts.size() - 1, threads = at::get_num_threads();
+  const int64_t parts = plan.cuts.size() - 1, threads = num_threads();
   const int64_t rows = plan.items.back().row + plan.items.back().rows - plan.items[0].row;
   if ((parts % threads != 0 && parts < 4 * threads) || rows > 4 * parts) return false;
   const Kernels& version = kernels();

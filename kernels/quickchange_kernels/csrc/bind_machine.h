@@ -23,7 +23,7 @@ double multiply_adds(const std::string& type, int64_t rounds) {
   if (!loop) return 0;
   std::atomic<int64_t> done{0};
   const double seconds =
-      seconds_of([&] { share(at::get_num_threads(), [&](int64_t) { done += loop(rounds); }); });
+      seconds_of([&] { share(num_threads(), [&](int64_t) { done += loop(rounds); }); });
   return done / seconds;
 }
 
@@ -32,7 +32,7 @@ double read_memory(const Tensor& data) {
   TORCH_CHECK_VALUE(
       data.scalar_type() == at::kByte && data.is_contiguous(), "read_memory: data must be uint8, in one piece");
   const ReadLoop loop = read_loop(kernels().name());
-  const int64_t pieces = at::get_num_threads() * 4, bytes = data.numel() / pieces;
+  const int64_t pieces = num_threads() * 4, bytes = data.numel() / pieces;
   std::atomic<uint64_t> sum{0};
   const double seconds = seconds_of([&] {
     share(pieces, [&](int64_t i) { sum ^= loop(quickchange::data<char>(data) + i * bytes, bytes); });
@@ -45,7 +45,7 @@ double read_memory(const Tensor& data) {
 double share_cost(int64_t count) {
   std::atomic<int64_t> done{0};
   const double seconds = seconds_of([&] {
-    for (int64_t i = 0; i < count; i++) share(at::get_num_threads(), [&](int64_t) { done++; });
+    for (int64_t i = 0; i < count; i++) share(num_threads(), [&](int64_t) { done++; });
   });
   return seconds / count;
 }

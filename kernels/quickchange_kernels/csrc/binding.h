@@ -5,6 +5,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <omp.h>
+
 #include <atomic>
 #include <memory>
 #include <optional>
@@ -12,6 +14,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "team.h"
 
 namespace quickchange {
 namespace {
@@ -38,22 +41,41 @@ std::atomic<const Kernels*> chosen{available_kernels().front()};
 
 const Kernels& kernels() { return *chosen.load(std::memory_order_relaxed); }
 
-// Shares units 0 .. count - 1 over PyTorch's threads, each taking the next one that is free: a
-// thread that the system holds up delays one unit, not a fixed share.
+// Threads for the calling thread's operations, where it isn't PyTorch's number.
+thread_local int64_t own_threads = 0;
+
+int64_t num_threads() { return own_threads ? own_threads : at::get_num_threads(); }
+
+// PyTorch's own operators on this thread alone while it lives: their team, which spins for
+// milliseconds after each of them, would take the cores from ours.
+class OneTeam {
+ public:
+  OneTeam() : before_(own_threads), torch_(at::get_num_threads()) {
+    if (torch_ == 1) return;
+    own_threads = num_threads();
+    omp_set_num_threads(1);
+  }
+  ~OneTeam() {
+    own_threads = before_;
+    if (torch_ != 1) omp_set_num_threads(torch_);
+  }
+
+ private:
+  const int64_t before_;
+  const int torch_;
+};
+
+// Shares units 0 .. count - 1 over the team, each thread taking the next one that is free.
 template <class Unit>
 void share(int64_t count, const Unit& unit) {
-  if (count == 1) return unit(0);
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(count, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) unit(i);
-  });
+  Team::own().run(count, num_threads(), unit);
 }
 
 int64_t rounded_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Cuts columns in pieces for several units a thread; pieces are multiples of 16.
 int64_t piece(int64_t columns, int64_t per_thread) {
-  return rounded_up(std::max<int64_t>(1, columns / (at::get_num_threads() * per_thread)), 16);
+  return rounded_up(std::max<int64_t>(1, columns / (num_threads() * per_thread)), 16);
 }
 
 bool is_native(at::ScalarType type) { return type == at::kFloat || type == at::kBFloat16; }

@@ -15,6 +15,7 @@
 #include "bind_token_mask.h"
 #include "bind_turbo_heads.h"
 #include "bind_verify.h"
+#include "step_plan.h"
 
 namespace quickchange {
 namespace {
@@ -64,6 +65,13 @@ TORCH_LIBRARY(quickchange_native, m) {
   m.def("multiply_adds(str type, int rounds) -> float", multiply_adds);
   m.def("read_memory(Tensor data) -> float", read_memory);
   m.def("share_cost(int count) -> float", share_cost);
+  m.class_<StepMemory>("StepMemory").def(torch::init<>()).def("bytes", &StepMemory::bytes);
+  m.class_<StepPlan>("StepPlan")
+      .def(torch::init<c10::intrusive_ptr<StepMemory>>())
+      .def("begin", &StepPlan::begin)
+      .def("end", &StepPlan::end)
+      .def("run", &StepPlan::run)
+      .def("length", &StepPlan::length);
 }
 
 }  // namespace quickchange

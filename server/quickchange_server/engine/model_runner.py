@@ -38,9 +38,9 @@ from quickchange_server.engine.step_graphs import StepGraphs, StepOutput, StepTr
 from quickchange_server.engine.step_results import Flight, Landing
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
 from quickchange_server.engine.warm_up import BlankHeads, StepLimits, largest_steps, steps
-from quickchange_server.model.cuda_graphs import capture_for
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
+from quickchange_server.model.recorded_steps import NativeCapture, capture_for
 from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_head_plan import DraftPlan, Round
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter
@@ -103,8 +103,9 @@ class Runner:
         self._tokens = torch.zeros(most_graph_rows, dtype=torch.int64, device=device)
         sequences = max_sequences or most_graph_rows
         blocks = -(-max_model_len // block_size)
-        mixed = 0 if model.recurrent else max_batch_tokens
         capture = capture_for(device)
+        recorded = isinstance(capture, NativeCapture)
+        mixed = 0 if model.recurrent or recorded else max_batch_tokens
         if followers is not None:
             capture = capture and followers.capture(capture)
             followers.install_caches(
@@ -113,7 +114,7 @@ class Runner:
         every = capture is not None or dispatch.triton_compiles(device)
         self._rows = BatchTables(model.vocabulary, every=every)
         self._graphs = capture and StepGraphs(
-            StepBuckets(most_graph_rows, blocks, sequences, mixed),
+            StepBuckets(most_graph_rows, blocks, sequences, mixed, exact=recorded),
             self._compute_all,
             capture,
             device,
@@ -122,6 +123,7 @@ class Runner:
             blocks=blocks,
             recurrent=bool(model.recurrent),
             scaled=model.scaling is not None,
+            at_need=recorded,
         )
         model.install_caches(
             num_blocks=num_blocks,

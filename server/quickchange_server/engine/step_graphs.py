@@ -65,14 +65,17 @@ class StepGraphs:
         blocks: int,
         recurrent: bool,
         scaled: bool,
+        at_need: bool = False,
     ) -> None:
         """sequences: the most of a step. blocks: the most of a sequence. recurrent: the model has
-        layers that keep states. scaled: it scales positions by the text's length."""
+        layers that keep states. scaled: it scales positions by the text's length. at_need: a
+        capture costs no more than the step, so that each waits until its step comes."""
         self._buckets = buckets
         self._device = device
         self._block_size = block_size
         self._recurrent = recurrent
         self._scaled = scaled
+        self._at_need = at_need
         self._kept = TableRows(sequences, blocks, device)
         self._graphs = Graphs[StepTree](
             lambda inputs, tables: compute(inputs, tables, self._kept.tables), capture, device
@@ -81,11 +84,13 @@ class StepGraphs:
 
     @property
     def captures(self) -> int:
-        """Number of graphs captured so far."""
-        return self._graphs.captures
+        """Number of graphs captured so far, of those that are due before the first step."""
+        return 0 if self._at_need else self._graphs.captures
 
     def warm_up(self, tables: LowRankTables | None) -> None:
         """Capture every graph for the adapters' tables; None: the graphs without adapters."""
+        if self._at_need:
+            return
         for extent in self._buckets.extents(adapters=tables is not None):
             self.write_nothing(extent)
             self._graphs.run(extent, tables, ())

@@ -14,7 +14,6 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from quickchange_kernels import dispatch
 from quickchange_kernels.lowrank.lowrank_contract import LowRankTables
 from quickchange_server.model.input_buffers import StaticInputs
 
@@ -158,10 +157,3 @@ def computed_once(compute: Callable[[], Outputs]) -> tuple[Callable[[], None], O
             output.copy_(value)
 
     return replay, outputs
-
-
-def capture_for(device: torch.device) -> Capture | None:
-    """The capture that suits a device; None if every step runs eagerly."""
-    if device.type == "cuda":
-        return CudaCapture(device)
-    return computed_once if dispatch.triton_compiles(device) else None

@@ -22,6 +22,8 @@ from quickchange_server.engine.scheduling.scheduler import Scheduled
 
 # (below this many rows, bucket step): a step is padded by an eighth at most, with few graphs
 _STEPS = ((64, 8), (128, 16), (1 << 30, 32))
+_EXACT = 32
+_SEGMENTS_A_ROW = 4  # room for compositions where empty segments cost next to nothing
 _MIXED = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 
@@ -142,6 +144,13 @@ def exact_extent(plan: Sequence[Scheduled], shape: PlanShape, device: torch.devi
     )
 
 
+def exact_sizes(most: int) -> tuple[int, ...]:
+    """Row counts, ascending, for a device that computes padding like any row: all up to 32, then
+    36, 40, ... and `most` as the last."""
+    fine = range(1, min(most, _EXACT))
+    return (*fine, *range(max(_EXACT, 1), most, 4), most)
+
+
 def bucket_sizes(most: int) -> tuple[int, ...]:
     """Row counts, ascending: 1, 2, 4, 8, 16, 24, 32, ... and `most` as the last."""
     sizes = [1, 2, 4]
@@ -157,19 +166,32 @@ def _step(size: int) -> int:
 
 class StepBuckets:
     """Fixed shapes of steps: decode steps of up to `most` rows, sequences of up to `blocks` blocks;
-    mixed ones of up to `most_mixed` rows, of `sequences` sequences at most; 0: there are none."""
+    mixed ones of up to `most_mixed` rows, of `sequences` sequences at most; 0: there are none.
 
-    def __init__(self, most: int, blocks: int, sequences: int = 0, most_mixed: int = 0) -> None:
+    exact: padding costs what rows cost, and kernels need no tiles, as on a CPU.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        blocks: int,
+        sequences: int = 0,
+        most_mixed: int = 0,
+        *,
+        exact: bool = False,
+    ) -> None:
         self._blocks = blocks
+        self._exact = exact
         self._most_samples = most
         self._sequences = sequences
         sizes = [size for size in _MIXED if size < most_mixed]
         if sizes or most_mixed:
             sizes.append(min(most_mixed, _MIXED[-1]))
+        decode_sizes = exact_sizes(most) if exact else bucket_sizes(most)
         self._last: tuple[PlanShape | None, Extent | None] = None, None
         self._extents = {
             adapters: (
-                [self._decode(size, adapters=adapters) for size in bucket_sizes(most)],
+                [self._decode(size, adapters=adapters) for size in decode_sizes],
                 [self._mixed(size, adapters=adapters) for size in sorted(set(sizes))],
             )
             for adapters in (False, True)
@@ -217,7 +239,11 @@ class StepBuckets:
     def _decode(self, size: int, *, adapters: bool) -> Extent:
         # Pieces: one adapter per row, doubled for compositions whose rows are cut in several tiles.
         # Small tiles whatever the batch: most have a row or two under one adapter.
-        room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE) if adapters else None
+        room = None
+        if adapters and self._exact:
+            room = Room(_SEGMENTS_A_ROW * size)
+        elif adapters:
+            room = Room(size, pieces=2 * size, tiles=size, height=SMALL_TILE)
         return Extent(size, size, size, self._blocks, room, room, room)
 
     def _mixed(self, size: int, *, adapters: bool) -> Extent:
@@ -241,8 +267,10 @@ class _Need(NamedTuple):
     stretches: tuple[tuple[int, int], ...] = ()  # (rows, components)
 
     def fits(self, room: Room | None) -> bool:
-        if room is None or room.height is None:
+        if room is None:
             return True
+        if room.height is None:
+            return room.segments >= self.segments
         tiles = [-(-rows // room.height) for rows, _ in self.stretches]
         pieces = sum([n * number for n, (_, number) in zip(tiles, self.stretches, strict=True)])
         return room.segments >= self.segments and room.pieces >= pieces and room.tiles >= sum(tiles)
