@@ -36,7 +36,14 @@ LIBRARY_NAME = "quickchange_native"
 # -fopenmp gives PyTorch's inlined thread loops; the library resolves to PyTorch's own libgomp, so
 # there is one team of threads. Contraction makes multiply-adds of the vectors' a += b * c.
 # NDEBUG because PyTorch was built with it, and some of its classes have other members without.
-COMPILER_FLAGS = ["-O3", "-DNDEBUG", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi"]
+COMPILER_FLAGS = [
+    "-O3",
+    "-DNDEBUG",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+]
 
 
 @functools.cache
