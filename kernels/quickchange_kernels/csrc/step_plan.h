@@ -31,19 +31,17 @@ namespace {
 // that operators write where others have just been read, in the cache.
 class StepMemory : public torch::CustomClassHolder {
  public:
-  struct Block {
-    char* data;
-    size_t size;
-    c10::intrusive_ptr<StepMemory> memory;
-  };
-
   ~StepMemory() override {
-    for (const auto& [begin, size] : regions_) munmap(begin, size);
+    std::lock_guard<std::mutex> held(lock());
+    for (const auto& [begin, size] : regions_) {
+      regions().erase(begin);
+      munmap(begin, size);
+    }
   }
 
-  Block* take(size_t size) {
-    std::lock_guard<std::mutex> held(lock_);
-    size = (size + LINE - 1) / LINE * LINE;
+  void* take(size_t size) {
+    std::lock_guard<std::mutex> held(lock());
+    size = (size + LINE - 1) / LINE * LINE + LINE;  // a line for what is known of the block
     auto found = free_.begin();
     while (found != free_.end() && found->second < size) ++found;
     if (found == free_.end()) found = free_.insert(reserve(std::max(size, REGION))).first;
@@ -52,18 +50,27 @@ class StepMemory : public torch::CustomClassHolder {
     if (room > size) free_.emplace(begin + size, room - size);
     taken_ += size;
     most_ = std::max(most_, taken_);
-    return new Block{begin, size, self()};
+    new (begin) Block{size, self()};
+    return begin + LINE;
   }
 
-  static void give_back(void* context) {
-    const std::unique_ptr<Block> block(static_cast<Block*>(context));
-    StepMemory& memory = *block->memory;
-    std::lock_guard<std::mutex> held(memory.lock_);
-    memory.taken_ -= block->size;
-    auto next = memory.free_.emplace(block->data, block->size).first;
-    if (next != memory.free_.begin()) memory.join(std::prev(next), next);
-    next = memory.free_.upper_bound(block->data);
-    if (next != memory.free_.end()) memory.join(std::prev(next), next);
+  static void give_back(void* data) {
+    char* const begin = static_cast<char*>(data) - LINE;
+    Block* const block = reinterpret_cast<Block*>(begin);
+    const c10::intrusive_ptr<StepMemory> memory = std::move(block->memory);
+    const size_t size = block->size;
+    block->~Block();
+    std::lock_guard<std::mutex> held(lock());
+    memory->free_block(begin, size);
+  }
+
+  // True if `data` is a block of any of these memories.
+  static bool holds(void* data) {
+    std::lock_guard<std::mutex> held(lock());
+    const auto after = regions().upper_bound(static_cast<char*>(data));
+    if (after == regions().begin()) return false;
+    const auto [begin, size] = *std::prev(after);
+    return static_cast<char*>(data) < begin + size;
   }
 
   // The most bytes that were taken at once.
@@ -71,6 +78,10 @@ class StepMemory : public torch::CustomClassHolder {
 
  private:
   using Ranges = std::map<char*, size_t>;
+  struct Block {
+    size_t size;
+    c10::intrusive_ptr<StepMemory> memory;
+  };
   static constexpr size_t LINE = 64;
   static constexpr size_t REGION = size_t(256) << 20;  // addresses; pages that are used take memory
 
@@ -78,8 +89,16 @@ class StepMemory : public torch::CustomClassHolder {
     void* const begin = mmap(
         nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(begin != MAP_FAILED, "no memory for a recorded step's ", size, " bytes");
-    regions_.emplace_back(static_cast<char*>(begin), size);
-    return regions_.back();
+    regions().emplace(static_cast<char*>(begin), size);
+    return *regions_.emplace(static_cast<char*>(begin), size).first;
+  }
+
+  void free_block(char* begin, size_t size) {
+    taken_ -= size;
+    auto next = free_.emplace(begin, size).first;
+    if (next != free_.begin()) join(std::prev(next), next);
+    next = free_.upper_bound(begin);
+    if (next != free_.end()) join(std::prev(next), next);
   }
 
   void join(Ranges::iterator first, Ranges::iterator second) {
@@ -92,9 +111,17 @@ class StepMemory : public torch::CustomClassHolder {
     return c10::intrusive_ptr<StepMemory>::unsafe_reclaim_from_nonowning(this);
   }
 
-  std::mutex lock_;
-  Ranges free_;
-  std::vector<std::pair<char*, size_t>> regions_;
+  static std::mutex& lock() {
+    static std::mutex lock;
+    return lock;
+  }
+
+  static Ranges& regions() {
+    static auto* const all = new Ranges;  // for ever: tensors may outlive what is static
+    return *all;
+  }
+
+  Ranges free_, regions_;
   size_t taken_ = 0, most_ = 0;
 };
 
@@ -120,15 +147,15 @@ class StepAllocator : public at::Allocator {
     Allocations& now = allocations;
     if (size && now.given && now.next < now.given->size()) {
       const Piece& piece = (*now.given)[now.next++];
-      if (piece.size == size) return {piece.data, at::DeviceType::CPU};
+      if (piece.size == size) return {piece.data, piece.data, &c10::NoDelete, at::DeviceType::CPU};
     }
     if (!size || !now.from) return own_->allocate(size);
-    StepMemory::Block* const block = now.from->take(size);
-    now.noted->push_back({block->data, size});
-    return {block->data, block, &StepMemory::give_back, at::DeviceType::CPU};
+    void* const data = now.from->take(size);
+    now.noted->push_back({data, size});
+    return {data, data, &StepMemory::give_back, at::DeviceType::CPU};
   }
 
-  at::DeleterFnPtr raw_deleter() const override { return own_->raw_deleter(); }
+  at::DeleterFnPtr raw_deleter() const override { return release; }
   void copy_data(void* to, const void* from, size_t size) const override {
     own_->copy_data(to, from, size);
   }
@@ -136,7 +163,7 @@ class StepAllocator : public at::Allocator {
   static void install() {
     static StepAllocator* const installed = [] {
       auto* made = new StepAllocator;  // for ever: tensors keep its deleters
-      made->own_ = at::GetAllocator(at::DeviceType::CPU);
+      made->own_ = c10::GetDefaultCPUAllocator();
       at::SetAllocator(at::DeviceType::CPU, made);
       return made;
     }();
@@ -144,6 +171,20 @@ class StepAllocator : public at::Allocator {
   }
 
  private:
+  static void release(void* data) {
+    if (!data || given(data)) return;
+    if (StepMemory::holds(data)) return StepMemory::give_back(data);
+    c10::GetDefaultCPUAllocator()->raw_deallocate(data);
+  }
+
+  // True for a piece that an operator which runs again has been given.
+  static bool given(void* data) {
+    const auto* pieces = allocations.given;
+    return pieces && std::any_of(pieces->begin(), pieces->end(), [&](const Piece& piece) {
+             return piece.data == data;
+           });
+  }
+
   at::Allocator* own_ = nullptr;
 };
 

@@ -107,7 +107,7 @@ class Runner:
         recorded = isinstance(capture, NativeCapture)
         mixed = 0 if model.recurrent or recorded else max_batch_tokens
         if followers is not None:
-            capture = capture and followers.capture(capture)
+            capture = None if recorded else capture and followers.capture(capture)
             followers.install_caches(
                 num_blocks=num_blocks, block_size=block_size, state_rows=state_rows, dtype=dtype
             )
@@ -123,6 +123,7 @@ class Runner:
             blocks=blocks,
             recurrent=bool(model.recurrent),
             scaled=model.scaling is not None,
+            tokens=self._tokens,
             at_need=recorded,
         )
         model.install_caches(

@@ -65,11 +65,12 @@ class StepGraphs:
         blocks: int,
         recurrent: bool,
         scaled: bool,
+        tokens: Tensor,
         at_need: bool = False,
     ) -> None:
         """sequences: the most of a step. blocks: the most of a sequence. recurrent: the model has
-        layers that keep states. scaled: it scales positions by the text's length. at_need: a
-        capture costs no more than the step, so that each waits until its step comes."""
+        layers that keep states. scaled: it scales positions by the text's length. tokens:
+        those sampled by the step before, which the next reads. at_need: a capture costs no more than the step, so that each waits until its step comes."""
         self._buckets = buckets
         self._device = device
         self._block_size = block_size
@@ -78,7 +79,10 @@ class StepGraphs:
         self._at_need = at_need
         self._kept = TableRows(sequences, blocks, device)
         self._graphs = Graphs[StepTree](
-            lambda inputs, tables: compute(inputs, tables, self._kept.tables), capture, device
+            lambda inputs, tables: compute(inputs, tables, self._kept.tables),
+            capture,
+            device,
+            tokens,
         )
         self._written: dict[Extent, _Written] = {}
 
@@ -145,6 +149,8 @@ class StepGraphs:
             step, columns = self._graphs.inputs(extent, lambda: self._empty(extent))
             writer = InputWriter(step, self._block_size)
             self._written[extent] = _Written(step, columns.table.numpy(), writer)
+            self.write_nothing(extent)
+            self._graphs.keep_blank(extent)
         return self._written[extent]
 
     def _empty(self, extent: Extent) -> StepTree:

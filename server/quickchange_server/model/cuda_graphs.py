@@ -37,7 +37,8 @@ class Graphs(Generic[Inputs]):
     """One graph per key, captured when it is first run.
 
     compute: makes the outputs from inputs on the device and the adapters' tables. It must not read
-    the tensors' values on the host.
+    the tensors' values on the host. carried: what it reads of the run before and writes for the
+    next. A capture computes too, so it is made on blank inputs, and leaves `carried` as it was.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class Graphs(Generic[Inputs]):
         compute: Callable[[Inputs, LowRankTables | None], Outputs],
         capture: Capture,
         device: torch.device,
+        carried: Tensor | None = None,
     ) -> None:
         self._compute = compute
+        self._carried = carried
         self._capture = capture
         self._device = device
         self._inputs: dict[Hashable, StaticInputs[Inputs]] = {}
@@ -60,6 +63,10 @@ class Graphs(Generic[Inputs]):
         if key not in self._inputs:
             self._inputs[key] = StaticInputs(make(), self._device)
         return self._inputs[key].host
+
+    def keep_blank(self, key: Hashable) -> None:
+        """Keep what the key's inputs hold now as a step that changes nothing."""
+        self._inputs[key].keep_blank()
 
     def device_inputs(self, key: Hashable) -> Inputs:
         """The key's inputs on the device."""
@@ -77,7 +84,8 @@ class Graphs(Generic[Inputs]):
         arrived = static.send(others)
         graph = self._graphs.get(key)
         if graph is None or not _same_memory(graph.tables, tables):
-            graph = self._captured(static.device, tables)
+            with static.blank():
+                graph = self._captured(static.device, tables)
         elif graph.tables is not tables:
             # Equal tables may be another object: kept, so that the next comparison is cheap.
             graph = dataclasses.replace(graph, tables=tables)
@@ -87,7 +95,11 @@ class Graphs(Generic[Inputs]):
 
     def _captured(self, inputs: Inputs, tables: LowRankTables | None) -> _Graph:
         self.captures += 1
+        before = None if self._carried is None else self._carried.clone()
         replay, outputs = self._capture(lambda: self._kept(self._compute(inputs, tables)))
+        if self._carried is not None and before is not None:
+            with torch.inference_mode():
+                self._carried.copy_(before)
         return _Graph(tables, replay, outputs)
 
     @torch.inference_mode()

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Generic, TypeVar
@@ -122,6 +123,20 @@ class StaticInputs(Generic[Tree]):
         self.host = rebuilt(layout, views(layout, self._written))
         self._buffer = torch.empty_like(self._written, device=device)
         self.device = rebuilt(layout, views(layout, self._buffer))
+        self._blank: Tensor | None = None
+        self.send(())
+
+    def keep_blank(self) -> None:
+        """Keep what `host` holds now as inputs that change nothing, for `blank`."""
+        self.send(())
+        self._blank = self._buffer.clone()
+
+    @contextmanager
+    def blank(self) -> Iterator[None]:
+        """The device holds the inputs that change nothing, if there are any, during the block."""
+        if self._blank is not None:
+            self._buffer.copy_(self._blank)
+        yield
         self.send(())
 
     def send(self, others: Other) -> Other:
