@@ -121,8 +121,7 @@ def machine_text(report: MachineReport) -> str:
             f"- command: `{report.command}`",
             "",
             _rates_table(rates),
-            "",
-            limits_table(report.limits),
+            *(["", limits_table(report.limits)] if report.limits else []),
         ]
     )
 

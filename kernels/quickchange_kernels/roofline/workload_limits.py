@@ -20,17 +20,20 @@ from quickchange_kernels.roofline.machine import MachineRates, Model
 class Precision:
     """Widths of what is stored, in bytes a value, and the operands that are multiplied."""
 
-    weights: float  # of the base's linears and LM head
+    weights: float  # of the base's linears
+    head: float  # of its LM head
     operands: str
     rest: float  # adapters, keys and values
     rest_operands: str
 
 
 PRECISIONS = {
-    "float32": Precision(4, "float32", 4, "float32"),
-    "bfloat16": Precision(2, "bfloat16", 2, "bfloat16"),
-    "int8": Precision(1 + 2 / 32, "int8", 2, "bfloat16"),  # a 16-bit scale for each 32 weights
-    "int4": Precision(1 / 2 + 4 / 32, "int8", 2, "bfloat16"),  # and a minimum
+    "float32": Precision(4, 4, "float32", 4, "float32"),
+    "bfloat16": Precision(2, 2, "bfloat16", 2, "bfloat16"),
+    "int8": Precision(
+        1 + 2 / 32, 1 + 2 / 32, "int8", 2, "bfloat16"
+    ),  # a 16-bit scale for each 32 weights
+    "int4": Precision(1 / 2 + 4 / 32, 1 + 2 / 32, "int8", 2, "bfloat16"),  # and a minimum
 }
 
 
@@ -72,7 +75,7 @@ def step_work(
     """Work of a step over `context` keys a row: in the weights' operands, and in the rest's."""
     weights, rest = _stored(precision.weights), _stored(precision.rest)
     layer = sum((floors.linear(g, batch.rows, weights) for g in model.linears), KernelWork(0, 0))
-    base = layer * model.layers + floors.linear(model.head, batch.rows, weights)
+    base = layer * model.layers + floors.linear(model.head, batch.rows, _stored(precision.head))
     attention = floors.attention(model, batch.rows, context, rest)
     return base, (attention + _update(model, batch, rest)) * model.layers
 
