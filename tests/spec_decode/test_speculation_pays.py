@@ -7,6 +7,7 @@ costs, and which drafts hold. It sees what it would see in an engine. The host t
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import hypothesis.strategies as st
 import pytest
@@ -82,6 +83,15 @@ def test_worthless_drafts_cost_at_most_a_fiftieth(
 def test_heads_that_are_sure_and_wrong_cost_at_most_a_fiftieth(lanes: int) -> None:
     off, online, _ = played(recorded_task(overconfident, texts=TEXTS), lanes, PricedMachine(CPU))
     assert online.rate >= 0.98 * off.rate
+
+
+def test_drafts_that_hold_are_left_where_the_host_takes_longer_than_they_save() -> None:
+    """Every reading of the clock finds the host 10 ms on, of steps of 5."""
+    ticks = iter(range(10**9))
+    task, machine = recorded_task(even(0.9), texts=TEXTS), PricedMachine(linear_prices(0.005, 1e-5))
+    slow = DraftReplay(task, 4, machine, NO_TEXT, lambda: 0.010 * next(ticks)).online()
+    rested = [after.rows == before.rows for before, after in pairwise(slow)]
+    assert sum(rested) > 0.5 * len(rested)
 
 
 @pytest.mark.parametrize("lanes", [4, 16])
