@@ -14,6 +14,7 @@ from quickchange_server.spec_decode.acceptance_rates import (
     HOPE,
     KEPT,
     OFFERS,
+    STALE,
     Acceptance,
     Drafter,
 )
@@ -104,13 +105,6 @@ def test_what_is_no_longer_observed_gives_way_to_what_is() -> None:
     assert acceptance.chance(HEADS, 4, 0.6) > 0.8
 
 
-def test_a_chain_has_the_chances_of_its_drafts() -> None:
-    acceptance = Acceptance()
-    feed(acceptance, HEADS, 0.3, 100)
-    chances = acceptance.chances(HEADS, [0.6, 0.9, 0.6])
-    assert chances == [acceptance.chance(HEADS, d, c) for d, c in ((1, 0.6), (2, 0.9), (3, 0.6))]
-
-
 def test_only_the_latest_drafters_are_remembered() -> None:
     acceptance = Acceptance()
     start = acceptance.chance(Drafter("forgotten", b""), 1, 0.6)
@@ -126,7 +120,8 @@ def test_what_was_not_offered_yet_is_hoped_for() -> None:
     acceptance.offered(HEADS, [0.3, 0.6])
     expected = acceptance.expected(HEADS, 3)
     assert expected.shape == (OFFERS, 3)
-    assert list(expected[0]) == [*acceptance.chances(HEADS, [0.3, 0.6]), HOPE]
+    known = [acceptance.chance(HEADS, 1, 0.3), acceptance.chance(HEADS, 2, 0.6)]
+    assert list(expected[0]) == [*known, HOPE]
     assert (expected[1:] == HOPE).all()
 
 
@@ -136,3 +131,17 @@ def test_the_last_offers_are_expected_again_with_the_chances_of_now() -> None:
         acceptance.offered(HEADS, [0.6 if index else 0.01])
     feed(acceptance, HEADS, 1.0, 500)
     assert acceptance.expected(HEADS, 1).ravel() == pytest.approx(acceptance.chance(HEADS, 1, 0.6))
+
+
+def test_nothing_is_expected_behind_the_end_of_a_text() -> None:
+    acceptance = Acceptance()
+    acceptance.offered(HEADS, [0.6], ends=True)
+    assert list(acceptance.expected(HEADS, 3)[0]) == [acceptance.chance(HEADS, 1, 0.6), 0.0, 0.0]
+
+
+def test_chances_follow_what_is_observed_within_a_few_observations() -> None:
+    acceptance = Acceptance()
+    feed(acceptance, HEADS, 1.0, 500)
+    before = acceptance.chance(HEADS, 1, 0.6)
+    feed(acceptance, HEADS, 0.0, STALE + 1)
+    assert acceptance.chance(HEADS, 1, 0.6) < before

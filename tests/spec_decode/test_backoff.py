@@ -6,9 +6,10 @@ import numpy as np
 
 from quickchange_server.spec_decode.acceptance_rates import Drafter
 from quickchange_server.spec_decode.backoff import (
-    ENOUGH,
+    FEWEST,
     FIRST_PAUSE,
     LONGEST_PAUSE,
+    MOST,
     RETRY,
     SPACING,
     Backoff,
@@ -33,16 +34,20 @@ def test_drafting_that_pays_never_rests() -> None:
 
 def test_drafting_that_does_not_pay_takes_an_ever_smaller_share_of_the_steps() -> None:
     backoff = Backoff()
-    first = run(backoff, ENOUGH + FIRST_PAUSE, decoding=8, tokens=12, seconds=1.6)
-    assert first <= ENOUGH + 1
+    first = run(backoff, MOST + FIRST_PAUSE, decoding=8, tokens=12, seconds=1.6)
+    assert first <= MOST + 1
     later = run(backoff, 20_000, decoding=8, tokens=12, seconds=1.6)
     assert later < 0.04 * 20_000
+
+
+def test_of_many_sequences_fewer_steps_are_enough() -> None:
+    assert run(Backoff(), MOST, decoding=32, tokens=40, seconds=1.6) == FEWEST
 
 
 def test_it_is_taken_up_again_when_it_has_come_to_pay() -> None:
     backoff = Backoff()
     run(backoff, 5_000, decoding=8, tokens=8, seconds=1.1)
-    run(backoff, LONGEST_PAUSE + ENOUGH, decoding=8, tokens=16, seconds=1.1)
+    run(backoff, LONGEST_PAUSE + MOST, decoding=8, tokens=16, seconds=1.1)
     assert run(backoff, 500, decoding=8, tokens=16, seconds=1.1) == 500
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from quickchange_server.spec_decode.acceptance_rates import DEEPEST, OFFERS, Acceptance, Drafter
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
-from quickchange_server.spec_decode.draft_depth import REPLAN, DepthPlan, Prospect
+from quickchange_server.spec_decode.draft_depth import REPLAN, SETTLED, DepthPlan, Prospect
 from quickchange_server.spec_decode.draft_selection import StepLoad
 
 CPU = StepCost([(1, 0.021), (8, 0.026), (16, 0.040), (32, 0.062)])
@@ -137,3 +137,17 @@ def test_a_plan_is_made_anew_when_the_batch_changes() -> None:
     assert plan.depths([Prospect((), GOOD, 5)], load(1)) != (0,)
     assert plan.depths([Prospect((), GOOD, 5)] * 16, load(16)) == (0,) * 16
     assert plan.depths([Prospect((), GOOD, 5)], load(1)) != (0,)
+
+
+def test_later_plans_hold_longer() -> None:
+    acceptance = learned(good=0.9)
+    plan = DepthPlan(acceptance, CPU, CHEAP)
+    prospects = [Prospect((), GOOD, 5)] * 16
+    for _ in range(SETTLED * SETTLED):
+        plan.depths(prospects, load(16))
+    for _ in range(3_000):
+        acceptance.observe(GOOD, 1, 0.6, False)
+    found = [plan.depths(prospects, load(16))[0] for _ in range(2 * SETTLED)]
+    first = found.index(0)
+    assert 0 < first <= SETTLED
+    assert not any(found[first:])

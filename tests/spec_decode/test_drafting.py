@@ -286,3 +286,31 @@ def test_a_slot_without_heads_and_a_depth_beyond_them_are_refused(tmp_path: Path
     slot = device.load(turbo_adapter(TURBOS["medusa"]))
     with pytest.raises(ValueError, match=f"4 drafts from slot {slot}, which has 3 heads"):
         device.draft([DraftItem(0, slot, 4, ())])
+
+
+class Told:
+    """A guide that changes nothing, and keeps what it is told at first."""
+
+    def begin(self, tokens: Sequence[int], accepted: Sequence[int]) -> None:
+        self.tokens, self.accepted = list(tokens), list(accepted)
+
+    def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
+        del chances
+        return list(tokens)
+
+
+@pytest.mark.parametrize(("accepted", "told"), [([2, 0, 1, 3], [1, 2]), (None, [0, 0])])
+def test_a_guide_is_told_the_accepted_drafts_and_the_certain_token_of_its_items(
+    accepted: list[int] | None, told: list[int], tmp_path: Path
+) -> None:
+    device, turbo = Device(tmp_path), TURBOS["recurrent"]
+    slot = device.load(turbo_adapter(turbo))
+    items = [DraftItem(row, slot, turbo.depth, ()) for row in (2, 0)]
+    plan = device.drafter.plan(items, device.pool, len(device.tokens))
+    counts = None if accepted is None else torch.tensor(accepted, dtype=torch.int32)
+    guide = Told()
+    given = plan, plan.rounds, device.hidden, device.tokens, device.pool
+    drafts = device.drafter.run(*given, accepted=counts, guide=guide)
+    assert (guide.tokens, guide.accepted) == ([13, 7], told)
+    for index, item in enumerate(items):
+        check(drafts, index, device.expected(turbo, item))

@@ -24,7 +24,7 @@ def chain(*, lookup: bool = True, depth: int = 4) -> GuidedChain:
 def drafted(one: GuidedChain, chance: float) -> str:
     """What is drafted behind a certain P, where the heads say x at every depth."""
     guide = WordGuide([one], Acceptance())
-    guide.begin([ord("P")])
+    guide.begin([ord("P")], [0])
     return "".join(chr(guide.revise([ord("x")], [chance])[0]) for _ in range(4))
 
 
@@ -43,3 +43,12 @@ def test_heads_that_are_sure_are_left_alone() -> None:
 def test_no_word_is_looked_for_beyond_the_depth_or_without_lookup() -> None:
     assert drafted(chain(depth=2), 0.05) == "orxx"
     assert drafted(chain(lookup=False), 0.05) == "xxxx"
+
+
+def test_drafts_accepted_in_the_same_step_are_read_before_the_certain_token() -> None:
+    words = WordLookup([*PROMPT, ord('"')], len(PROMPT), TEXT)
+    verified = tuple(ord(character) for character in "Porx")
+    guide = WordGuide([one := GuidedChain(words, HEADS, BY_WORDS, 2, verified)], Acceptance())
+    guide.begin([ord("t")], [3])
+    assert [guide.revise([ord("x")], [0.05]) for _ in range(2)] == [[ord("o")], [ord("x")]]
+    assert one.matches == [4, 0]

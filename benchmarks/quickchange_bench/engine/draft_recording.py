@@ -245,8 +245,8 @@ class _Forced:
         self.said: list[list[tuple[int, float]]] = [[] for _ in prefixes]
         self._prefixes = prefixes
 
-    def begin(self, tokens: Sequence[int]) -> None:
-        del tokens
+    def begin(self, tokens: Sequence[int], accepted: Sequence[int]) -> None:
+        del tokens, accepted
 
     def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
         for at, (token, chance) in enumerate(zip(tokens, chances, strict=True)):

@@ -127,7 +127,7 @@ class DraftReplay:
         if speculation is None:
             depth = self.task.depth
             cost = StepCost(self.machine.steps)
-            speculation = Speculation(cost, lambda _: depth, MAX_MODEL_LEN, self.text)
+            speculation = Speculation(cost, lambda _: depth, MAX_MODEL_LEN, self.text, self.clock)
         return self._played(speculation)
 
     def _played(self, speculation: Speculation | NoSpeculation) -> list[Played]:
@@ -212,7 +212,8 @@ class DraftReplay:
         begun = self.clock()
         guide: Guide | None = speculation.guide([plan[at] for at in wanted])
         if guide is not None:
-            guide.begin([tokens[at][-1] for at in wanted])
+            held = [len(tokens[at]) - 1 for at in wanted]
+            guide.begin([tokens[at][-1] for at in wanted], held)
         guiding = self.clock() - begun
         own = [depths[running[at].sequence.request_id] for at in wanted]
         trees = [

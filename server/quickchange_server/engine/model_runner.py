@@ -221,6 +221,7 @@ class Runner:
                 verdict.at_last_rows(output.hidden),
                 verdict.token,
                 self._adapters,
+                accepted=verdict.accepted,
                 guide=drafting.guide,
             )
         watch.mark()

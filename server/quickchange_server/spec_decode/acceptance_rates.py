@@ -10,7 +10,7 @@ Knows nothing of models, rows or time.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple
 
@@ -56,6 +56,8 @@ _PRIORS = {  # by kind
 OFFERS = 16  # latest chains of a drafter that are remembered
 HOPEFUL = 0.5  # part of the posterior's deviation that is added: early bad luck ends no drafter
 HOPE = 0.95  # chance of what was not offered yet, so that it is tried
+STALE = 8  # most observations of a drafter for which its chances are kept as they are
+_UNSEEN, _ENDED = BINS, BINS + 1  # in place of a bin: not offered yet; behind a text's end
 
 
 class Drafter(NamedTuple):
@@ -107,69 +109,97 @@ class _Means:
         return (held + worth * prior) / (self._seen[cells] - self._seen[cell] + worth)
 
 
-class _History:
+class DrafterHistory:
     """Observations of one drafter. Cells: BINS over all depths, then BINS for each depth."""
 
-    def __init__(self) -> None:
-        self.means = _Means(BINS * (1 + DEEPEST))
-        self.offers = np.full((OFFERS, DEEPEST), BINS)  # [offer, depth] bin; BINS: not offered yet
-        self.next_offer = 0
+    def __init__(self, name: str, kind: _Means) -> None:
+        """kind: of all drafters of the kind, which each observation reaches as well."""
+        self._name = name
+        self._kind = kind
+        self._first_guess = _PRIORS[_kind(name)]
+        self._means = _Means(BINS * (1 + DEEPEST))
+        self._chances: dict[int, float] = {}  # by cell, as last worked out
+        self._observed = 0
+        self._worked_out_until = 0  # observations up to which `_chances` are good enough
+        # [offer, depth] bin, _UNSEEN or _ENDED
+        self._offers = np.full((OFFERS, DEEPEST), _UNSEEN)
+        self._next_offer = 0
 
-    def chance(self, depth: int, column: int, prior: float) -> float:
+    def chance(self, depth: int, confidence: float) -> float:
+        """`Acceptance.chance` of the drafter's."""
+        return self._chance(depth, confidence_bin(self._name, confidence))
+
+    def observe(self, depth: int, confidence: float, held: bool) -> None:
+        column = confidence_bin(self._name, confidence)
+        self._kind.turn()
+        self._kind.add(column, held)
+        self._means.turn()
+        self._means.add(column, held)
+        self._means.add(BINS * min(depth, DEEPEST) + column, held)
+        self._observed += 1
+        if self._observed > self._worked_out_until:
+            self._chances.clear()
+            self._worked_out_until = self._observed + min(self._observed // 16, STALE)
+
+    def offered(self, confidences: Sequence[float], *, ends: bool) -> None:
+        columns = [confidence_bin(self._name, one) for one in confidences[:DEEPEST]]
+        offer = self._offers[self._next_offer]
+        offer[: len(columns)] = columns
+        if ends:
+            offer[len(columns) :] = _ENDED
+        self._next_offer = (self._next_offer + 1) % OFFERS
+
+    def expected(self, deepest: int) -> NDArray[np.float64]:
+        table = np.array(
+            [
+                [*(self._chance(depth, column) for column in range(BINS)), HOPE, 0.0]
+                for depth in range(1, deepest + 1)
+            ]
+        )
+        chances: NDArray[np.float64] = table[np.arange(deepest), self._offers[:, :deepest]]
+        return chances
+
+    def _chance(self, depth: int, column: int) -> float:
         cell = BINS * min(depth, DEEPEST) + column
-        others = self.means.mean_without(column, cell, prior, STRENGTH)
-        mean = self.means.mean(cell, others, STRENGTH)
-        deviation = sqrt(mean * (1 - mean) / (self.means.seen(cell) + STRENGTH))
+        chance = self._chances.get(cell)
+        if chance is None:
+            chance = self._chances[cell] = self._worked_out(cell, column)
+        return chance
+
+    def _worked_out(self, cell: int, column: int) -> float:
+        """Chance of a cell: its own mean, drawn towards that of other depths, and of the kind."""
+        means = self._means
+        prior = self._kind.mean(column, self._first_guess[column], KIND_STRENGTH)
+        others = means.mean_without(column, cell, prior, STRENGTH)
+        mean = means.mean(cell, others, STRENGTH)
+        deviation = sqrt(mean * (1 - mean) / (means.seen(cell) + STRENGTH))
         return mean + HOPEFUL * deviation * (1 - mean)
 
 
-class _Histories(LRUCache[Drafter, _History]):
-    def __missing__(self, drafter: Drafter) -> _History:
-        history = self[drafter] = _History()
-        return history
-
-
 class Acceptance:
-    """Chances of drafts, learned from verified ones."""
+    """Chances of drafts, learned from verified ones.
+
+    confidence: of heads, the draft's own probability; of lookup, the number of tokens, or
+    characters, that matched; of forced drafts, 1. depth: from 1.
+    """
 
     def __init__(self) -> None:
         self._kinds = {kind: _Means(BINS) for kind in _PRIORS}  # over all drafters of the kind
-        self._drafters = _Histories(KEPT)
+        self._drafters: LRUCache[Drafter, DrafterHistory] = LRUCache(KEPT)
 
     def chance(self, drafter: Drafter, depth: int, confidence: float) -> float:
-        """Chance in (0, 1) that a draft is accepted, given that all before it were.
-
-        depth: from 1. confidence: of heads, the draft's own probability; of lookup, the number of
-        tokens, or characters, that matched; of forced drafts, 1.
-        """
-        column = confidence_bin(drafter.name, confidence)
-        return self._drafters[drafter].chance(depth, column, self._prior(drafter, column))
-
-    def chances(self, drafter: Drafter, confidences: Iterable[float]) -> list[float]:
-        """Chances of drafts that follow one another from depth 1."""
-        history = self._drafters[drafter]
-        columns = [confidence_bin(drafter.name, confidence) for confidence in confidences]
-        return [
-            history.chance(depth, column, self._prior(drafter, column))
-            for depth, column in enumerate(columns, 1)
-        ]
+        """Chance in (0, 1) that a draft is accepted, given that all before it were."""
+        return self.of(drafter).chance(depth, confidence)
 
     def observe(self, drafter: Drafter, depth: int, confidence: float, held: bool) -> None:
         """Learn from a verified draft before which all were accepted. held: it was accepted."""
-        column = confidence_bin(drafter.name, confidence)
-        kind, own = self._kinds[_kind(drafter.name)], self._drafters[drafter].means
-        kind.turn()
-        kind.add(column, held)
-        own.turn()
-        own.add(column, held)
-        own.add(BINS * min(depth, DEEPEST) + column, held)
+        self.of(drafter).observe(depth, confidence, held)
 
-    def offered(self, drafter: Drafter, confidences: Sequence[float]) -> None:
-        """Note a chain drafted from depth 1, bought or not."""
-        history = self._drafters[drafter]
-        columns = [confidence_bin(drafter.name, confidence) for confidence in confidences[:DEEPEST]]
-        history.offers[history.next_offer, : len(columns)] = columns
-        history.next_offer = (history.next_offer + 1) % OFFERS
+    def offered(
+        self, drafter: Drafter, confidences: Sequence[float], *, ends: bool = False
+    ) -> None:
+        """Note a chain drafted from depth 1, bought or not. ends: nothing can follow it."""
+        self.of(drafter).offered(confidences, ends=ends)
 
     def expected(self, drafter: Drafter, deepest: int) -> NDArray[np.float64]:
         """Chances [OFFERS, deepest] of the last chains offered, each given those before it.
@@ -178,21 +208,15 @@ class Acceptance:
         rows where one that is half sure all of the time is not. Where fewer chains were offered, or
         not so deep, HOPE stands for what is missing. deepest: from 1 to DEEPEST.
         """
-        history = self._drafters[drafter]
-        priors = [self._prior(drafter, column) for column in range(BINS)]
-        table = np.array(
-            [
-                [*(history.chance(depth, column, priors[column]) for column in range(BINS)), HOPE]
-                for depth in range(1, deepest + 1)
-            ]
-        )
-        chances: NDArray[np.float64] = table[np.arange(deepest), history.offers[:, :deepest]]
-        return chances
+        return self.of(drafter).expected(deepest)
 
-    def _prior(self, drafter: Drafter, column: int) -> float:
-        """Chance of a drafter of which nothing is known."""
-        kind = _kind(drafter.name)
-        return self._kinds[kind].mean(column, _PRIORS[kind][column], KIND_STRENGTH)
+    def of(self, drafter: Drafter) -> DrafterHistory:
+        """What is known of one drafter."""
+        history = self._drafters.get(drafter)
+        if history is None:
+            kind = self._kinds[_kind(drafter.name)]
+            history = self._drafters[drafter] = DrafterHistory(drafter.name, kind)
+        return history
 
 
 def confidence_bin(name: str, confidence: float) -> int:

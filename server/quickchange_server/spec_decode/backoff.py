@@ -17,8 +17,9 @@ from cachetools import LRUCache
 from quickchange_server.spec_decode.acceptance_rates import KEPT, Drafter
 
 DECAY = 0.97  # factor on the weight of earlier steps, per step
-ENOUGH = 32  # steps seen before anything is concluded
-WORTHWHILE = 1.03  # least gain over no drafting: looking for drafts takes time, too
+ENOUGH = 256  # tokens without drafts in the steps seen before anything is concluded, and …
+FEWEST, MOST = 16, 32  # … steps seen at least, and at most
+WORTHWHILE = 1.005  # least gain over no drafting, the time of looking for drafts included
 FIRST_PAUSE = 64  # steps
 LONGEST_PAUSE = 2_048
 RETRY = 64  # steps without an accepted draft of a drafter until it is tried
@@ -65,7 +66,7 @@ class Backoff:
         record.plain_tokens = DECAY * record.plain_tokens + decoding
         record.plain_seconds = DECAY * record.plain_seconds + plain_seconds
         record.steps += 1
-        if record.steps < ENOUGH:
+        if record.steps < min(max(ENOUGH // decoding, FEWEST), MOST):
             return
         gained = record.tokens * record.plain_seconds
         pays = gained >= WORTHWHILE * record.plain_tokens * record.seconds

@@ -9,6 +9,7 @@ steps; and no single observation moves either far. Knows nothing of what rows ar
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from math import exp, log
@@ -73,6 +74,7 @@ LEVEL_RATE = 0.1  # part of a step's deviation that the level follows
 LEVEL_CLIP = log(1.5)  # largest deviation believed of one step
 SHAPE_RATE = 0.005  # part of a step's deviation from the level that its points follow
 SHAPE_CLIP = log(1.2)
+REMAKE = 8  # corrections of the shape, 0.1 % each at most, that a table leaves out
 
 DRAFT_DECAY = 0.98  # factor on the weight of earlier calls, per call
 DRAFT_RIDGE = 1.001  # decides between pass and draft where the calls don't
@@ -96,15 +98,18 @@ class StepCost:
         ]
         if len(medians) < 2:
             raise ValueError("points: measure steps of at least two different row counts")
-        self._rows = np.array([rows for rows, _ in medians])
-        self._shape: NDArray[np.float64] = isotonic_regression([s for _, s in medians]).x
+        self._rows = [rows for rows, _ in medians]
+        self._shape: list[float] = isotonic_regression([s for _, s in medians]).x.tolist()
         self._level = 1.0  # slowness of the machine, relative to when the points were measured
         # Seconds of 0, 1, … rows at level 1; empty: to be made.
         self._table: NDArray[np.float64] = np.empty(0)
+        self._corrections = 0  # of the shape since the table was made
 
     def seconds(self, rows: int) -> float:
         """Present cost of a step of `rows` rows."""
-        return float(self.table(rows)[rows])
+        if rows >= len(self._table):
+            self.table(rows)
+        return float(self._table[rows]) * self._level
 
     def table(self, rows: int) -> NDArray[np.float64]:
         """Seconds [rows + 1] of steps of 0, 1, …, `rows` rows.
@@ -113,7 +118,7 @@ class StepCost:
         two counts' slope goes on.
         """
         if rows >= len(self._table):
-            self._table = self._made_table(max(rows, int(self._rows[-1])))
+            self._table = self._made_table(max(rows, self._rows[-1]))
         return self._table[: rows + 1] * self._level
 
     def observe(self, rows: int, seconds: float) -> None:
@@ -124,21 +129,24 @@ class StepCost:
 
     def _correct(self, rows: int, by: float) -> None:
         """Scale the shape around `rows` by exp(by), and the rest only to keep it in order."""
-        after = int(np.searchsorted(self._rows, rows))
+        after = bisect_left(self._rows, rows)
         before = max(after - 1, 0)
         after = min(after, len(self._rows) - 1)
-        span = int(self._rows[after] - self._rows[before])
-        share = min((rows - int(self._rows[before])) / span, 1.0) if span else 1.0
+        span = self._rows[after] - self._rows[before]
+        share = min((rows - self._rows[before]) / span, 1.0) if span else 1.0
+        shape = self._shape
         for point, weight in ((before, 1 - share), (after, share)):
-            self._shape[point] *= exp(by * weight)
-            np.minimum(self._shape[:point], self._shape[point], out=self._shape[:point])
-            np.maximum(self._shape[point:], self._shape[point], out=self._shape[point:])
-        self._table = np.empty(0)
+            own = shape[point] = shape[point] * exp(by * weight)
+            shape[:point] = [min(seconds, own) for seconds in shape[:point]]
+            shape[point:] = [max(seconds, own) for seconds in shape[point:]]
+        self._corrections += 1
+        if self._corrections == REMAKE:
+            self._table, self._corrections = np.empty(0), 0
 
     def _made_table(self, rows: int) -> NDArray[np.float64]:
         counts = np.arange(rows + 1)
         table: NDArray[np.float64] = np.interp(counts, self._rows, self._shape)
-        last = int(self._rows[-1])
+        last = self._rows[-1]
         slope = (self._shape[-1] - self._shape[-2]) / (last - self._rows[-2])
         table[last:] += slope * (counts[last:] - last)
         return table

@@ -19,7 +19,8 @@ from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance,
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_selection import StepLoad, expected_tokens
 
-REPLAN = 8  # steps for which a plan holds: its inputs change over many more
+REPLAN = 8  # steps for which a first plan holds, and each later one a step longer, up to …
+SETTLED = 32  # … so many: what is learned changes ever less
 _ROUNDS = 3  # each squares the distance to the best rate
 
 
@@ -42,13 +43,15 @@ class DepthPlan:
         self._orders: dict[Drafter, _Order] = {}
         self._batch: Counter[Drafter | None] = Counter()
         self._age = 0
+        self._plans = 0
 
     def depths(self, prospects: Sequence[Prospect], load: StepLoad) -> tuple[int, ...]:
         """Depth to which each decoding sequence's heads should draft; 0: not at all."""
         batch = Counter(prospect.drafter for prospect in prospects)
         self._age += 1
-        if batch != self._batch or self._age >= REPLAN:
+        if batch != self._batch or self._age >= min(REPLAN + self._plans - 1, SETTLED):
             self._orders = self._ordered(prospects, load)
+            self._plans += 1
             self._batch, self._age = batch, 0
         if load.cap <= 0:
             return (0,) * len(prospects)

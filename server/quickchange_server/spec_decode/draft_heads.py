@@ -59,8 +59,8 @@ class Drafts(NamedTuple):
 class Guide(Protocol):
     """Revises the heads' drafts, depth by depth."""
 
-    def begin(self, tokens: Sequence[int]) -> None:
-        """Take the certain next token of each item."""
+    def begin(self, tokens: Sequence[int], accepted: Sequence[int]) -> None:
+        """Take the certain next token of each item, and how many drafts before it were accepted."""
         ...
 
     def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
@@ -118,19 +118,24 @@ class HeadDrafter:
         tokens: Tensor,
         adapters: HeadAdapters,
         *,
+        accepted: Tensor | None = None,
         guide: Guide | None = None,
     ) -> Drafts:
         """The planned drafts. rounds: the plan's, on the device.
 
         hidden [n, H]: what entered the LM head. tokens int64 [n]: each row's certain next token.
+        accepted int32 [n]: drafts accepted before it, for the guide; None: there were no drafts.
         Sequential heads follow their best tokens, or what `guide` puts in their place: for it alone
         the host waits, for the certain tokens and at every depth (`waits` counts). An item's drafts
         do not depend on the others.
         """
         call = DraftCall(plan.vocabularies, adapters, tokens, (len(plan.items), plan.depth))
         if guide is not None:
-            certain = call.on_host((tokens,))[0].tolist()
-            guide.begin([certain[item.row] for item in plan.items])
+            known = (tokens,) if accepted is None else (tokens, accepted)
+            certain, *held = [part.tolist() for part in call.on_host(known)]
+            rows = [item.row for item in plan.items]
+            before = held[0] if held else [0] * len(certain)
+            guide.begin([certain[row] for row in rows], [before[row] for row in rows])
         drafts = self.compute(rounds, hidden, call, guide)
         self.waits += call.waits
         return drafts

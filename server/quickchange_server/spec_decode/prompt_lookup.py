@@ -12,6 +12,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import NamedTuple
 
 from quickchange_server.spec_decode.acceptance_rates import Acceptance, Drafter
@@ -123,6 +124,15 @@ class TokenText:
 
     piece: Callable[[int], str]  # one token's own text, its leading space included
     encode: Callable[[str], Sequence[int]]  # text to tokens, without special ones
+    _words: dict[int, str] = field(default_factory=dict, init=False)
+
+    def word(self, token: int) -> str:
+        """Text of a token that is a word or a part of one, else nothing."""
+        word = self._words.get(token)
+        if word is None:
+            piece = self.piece(token)
+            word = self._words[token] = piece if _is_word(piece) else ""
+        return word
 
 
 class WordLookup:
@@ -140,10 +150,9 @@ class WordLookup:
         They finish the latest phrase of the prompt that begins with the longest run of last words;
         None if there is no such phrase, or if it ends there. `LookupMatch.match` counts characters.
         """
-        tail = self._words(after)
-        if most < 1 or not tail:
+        if most < 1 or (after and not self._text.word(after[-1])):
             return None
-        pieces = [self._text.piece(token) for token in tail]
+        tail, pieces = self._words(after)
         for start, piece in enumerate(pieces):
             if start and not piece.startswith(" "):
                 continue  # a phrase begins with a word
@@ -158,13 +167,18 @@ class WordLookup:
             return LookupMatch(tuple(tokens[known : known + most]), len(written.lstrip(" ")))
         return None
 
-    def _words(self, after: Sequence[int]) -> list[int]:
-        """Last tokens of the output and `after` that are words or parts of words."""
-        tokens = [*self._tokens[max(self._prompt_length, len(self._tokens) - _TAIL) :], *after]
-        begin = len(tokens)
-        while begin and _is_word(self._text.piece(tokens[begin - 1])):
-            begin -= 1
-        return tokens[max(begin, len(tokens) - _TAIL) :]
+    def _words(self, after: Sequence[int]) -> tuple[list[int], list[str]]:
+        """Last tokens of the output and `after` that are (parts of) words, and their text."""
+        tail: list[int] = []
+        pieces: list[str] = []
+        output = self._tokens[max(self._prompt_length, len(self._tokens) - _TAIL) :]
+        for token in islice(chain(reversed(after), reversed(output)), _TAIL):
+            piece = self._text.word(token)
+            if not piece:
+                break
+            tail.append(token)
+            pieces.append(piece)
+        return tail[::-1], pieces[::-1]
 
     def _latest(self, words: str) -> int | None:
         """Index in the prompt behind the latest phrase begin `words`; None if there is none."""
@@ -201,14 +215,20 @@ class GuidedChain:
     heads: Drafter
     words: Drafter
     depth: int  # drafts wanted
-    path: list[int] = field(default_factory=list)  # the certain token, then the drafts
+    verified: tuple[int, ...] = ()  # drafts of the step, of which the accepted precede
+    # Tokens behind the sequence's own: the accepted, the certain one, then the drafts.
+    path: list[int] = field(default_factory=list)
     matches: list[int] = field(
         default_factory=list
     )  # characters that matched for each draft; 0: the head's own
 
+    def begin(self, token: int, accepted: int) -> None:
+        """Take the certain next token, behind so many accepted drafts."""
+        self.path = [*self.verified[:accepted], token]
+
     def draft(self, token: int, chance: float, acceptance: Acceptance) -> int:
         """Choose the next draft; the head's is `token`, of probability `chance`."""
-        depth = len(self.path)
+        depth = len(self.matches) + 1
         match = 0
         found = None
         if self.lookup is not None and depth <= self.depth:
@@ -229,14 +249,14 @@ class WordGuide:
         self._chains = chains
         self._acceptance = acceptance
 
-    def begin(self, tokens: Sequence[int]) -> None:
-        """Take the certain next token of each chain."""
-        for chain, token in zip(self._chains, tokens, strict=True):
-            chain.path.append(token)
+    def begin(self, tokens: Sequence[int], accepted: Sequence[int]) -> None:
+        """Take the certain next token of each chain, and its number of accepted drafts."""
+        for own, token, held in zip(self._chains, tokens, accepted, strict=True):
+            own.begin(token, held)
 
     def revise(self, tokens: Sequence[int], chances: Sequence[float]) -> list[int]:
         """Drafts of the next depth, given the heads' own."""
         return [
-            chain.draft(token, chance, self._acceptance)
-            for chain, token, chance in zip(self._chains, tokens, chances, strict=True)
+            own.draft(token, chance, self._acceptance)
+            for own, token, chance in zip(self._chains, tokens, chances, strict=True)
         ]

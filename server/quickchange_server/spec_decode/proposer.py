@@ -8,7 +8,10 @@ sequences.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from itertools import count, islice, repeat
+from math import prod
 from typing import NamedTuple
 
 from quickchange_server.protocol import LOOKUP
@@ -30,6 +33,7 @@ from quickchange_server.spec_decode.step_view import DraftedSequence
 from quickchange_server.structured_output.compiler import Matcher
 
 _UNSURE = 0.5  # chance of a head's draft below which lookup may take over in mid-chain
+_FAINT = 0.02  # chance that a draft is reached under which nothing is worth looking for
 
 
 class Draft(NamedTuple):
@@ -68,7 +72,7 @@ class Proposer:
         if sequence.matcher is None:
             return offered
         forced = self._of_constraint(sequence, sequence.matcher, most)
-        return max(_lawful(sequence.matcher, offered), forced, key=_expected)
+        return max(_lawful(sequence.matcher, offered), forced.drafts(), key=_expected)
 
     def words(self, sequence: DraftedSequence) -> WordLookup | None:
         """The sequence's lookup by words; None if there is no tokenizer."""
@@ -80,61 +84,104 @@ class Proposer:
         """The best chain of the prompt's drafts, alone or behind some of the heads'."""
         if not heads:
             alone = self._of_prompt(sequence, (), most)
-            self.alone[sequence.request_id] = [draft.chance for draft in alone]
-            return alone
+            self.alone[sequence.request_id] = alone.chances
+            return alone.drafts()
+        tokens = [draft.token for draft in heads]
+        chances = [draft.chance for draft in heads]
         # Lookup goes on where the heads end, or where they are least sure.
-        weakest = min(range(len(heads)), key=lambda i: heads[i].chance)
-        cuts = {len(heads), weakest if heads[weakest].chance < _UNSURE else len(heads)}
-        joined = [
-            [*heads[:cut], *self._of_prompt(sequence, heads[:cut], most - cut)] for cut in cuts
-        ]
-        return max([heads, *joined], key=_expected)
+        weakest = min(range(len(heads)), key=chances.__getitem__)
+        cuts = [weakest] if chances[weakest] < _UNSURE else []
+        best, joined = expected_tokens(chances), heads
+        for cut in (*cuts, len(heads)):
+            path = prod(chances[:cut])
+            if path < _FAINT:
+                break
+            run = self._of_prompt(sequence, tokens[:cut], most - cut)
+            expected = expected_tokens([*chances[:cut], *run.chances])
+            if expected > best:
+                best, joined = expected, [*heads[:cut], *run.drafts()]
+        return joined
 
     def _of_heads(self, sequence: DraftedSequence, most: int) -> list[Draft]:
         made, heads = sequence.head_drafts, heads_of(sequence)
         if made is None or heads is None or made.after != len(sequence.tokens):
             return []
+        end = _end(sequence, made.tokens)
+        sure: Seq[float] = made.chances[:end]
+        if not any(made.matches):
+            self._acceptance.offered(heads, sure, ends=end < len(made.tokens))
+            return self._run(heads, made.tokens[: min(end, most)], sure).drafts()
         words = Drafter(WORDS, sequence.key)
         drafts = []
-        for depth, token in enumerate(made.tokens, 1):
-            match = made.matches[depth - 1]
-            drafter, confidence = (words, match) if match else (heads, made.chances[depth - 1])
-            chance = self._acceptance.chance(drafter, depth, confidence)
-            drafts.append(Draft(token, drafter, confidence, chance))
+        for at, match in enumerate(made.matches[:end]):
+            drafter, confidence = (words, match) if match else (heads, sure[at])
+            chance = self._acceptance.chance(drafter, at + 1, confidence)
+            drafts.append(Draft(made.tokens[at], drafter, confidence, chance))
         sure = [d.confidence if d.drafter is heads else d.chance for d in drafts]
-        self._acceptance.offered(heads, sure)
+        self._acceptance.offered(heads, sure, ends=end < len(made.tokens))
         return drafts[:most]
 
-    def _of_constraint(self, sequence: DraftedSequence, matcher: Matcher, most: int) -> list[Draft]:
-        drafter = Drafter(FORCED, sequence.key)
-        return [
-            Draft(token, drafter, 1, self._acceptance.chance(drafter, depth, 1))
-            for depth, token in enumerate(matcher.forced()[:most], 1)
-        ]
+    def _of_constraint(self, sequence: DraftedSequence, matcher: Matcher, most: int) -> _Run:
+        return self._run(Drafter(FORCED, sequence.key), matcher.forced()[:most], repeat(1))
 
-    def _of_prompt(self, sequence: DraftedSequence, after: Seq[Draft], most: int) -> list[Draft]:
+    def _of_prompt(self, sequence: DraftedSequence, after: Seq[int], most: int) -> _Run:
         """The prompt's best drafts behind the drafts `after`, by tokens or by words."""
-        tokens = [draft.token for draft in after]
         if sequence.lookup is None:
             sequence.lookup = PromptLookup(sequence.tokens)
-        by_tokens = sequence.lookup.find(most, tokens)
-        chains = [self._found(by_tokens, Drafter(LOOKUP, sequence.key), len(after))]
+        found = self._found(sequence, LOOKUP, sequence.lookup.find(most, after), len(after))
         words = self.words(sequence)
-        if words is not None:
-            found = words.find(most, tokens)
-            chains.append(self._found(found, Drafter(WORDS, sequence.key), len(after)))
-        return max(chains, key=_expected)
+        by_words = None if words is None else words.find(most, after)
+        if by_words is None:
+            return found
+        other = self._found(sequence, WORDS, by_words, len(after))
+        return max(found, other, key=_Run.expected)
 
-    def _found(self, found: LookupMatch | None, drafter: Drafter, before: int) -> list[Draft]:
-        """Drafts of a lookup, behind `before` other drafts."""
+    def _found(
+        self, sequence: DraftedSequence, name: str, found: LookupMatch | None, before: int
+    ) -> _Run:
+        """Drafts of a lookup, behind `before` other drafts. name: its drafter's."""
+        drafter = Drafter(name, sequence.key)
         if found is None:
-            return []
-        drafts = []
-        for place, token in enumerate(found.tokens):
-            match = found.match + place
-            chance = self._acceptance.chance(drafter, before + place + 1, match)
-            drafts.append(Draft(token, drafter, match, chance))
-        return drafts
+            return _Run(drafter, (), [], [])
+        tokens = found.tokens[: _end(sequence, found.tokens)]
+        return self._run(drafter, tokens, count(found.match), before)
+
+    def _run(
+        self, drafter: Drafter, tokens: Seq[int], sure: Iterable[float], before: int = 0
+    ) -> _Run:
+        """Drafts of one drafter in a row, behind `before` others, down to the first that will
+        hardly be reached. sure: confidences."""
+        confidences, chances = [], []
+        path, chance_of = 1.0, self._acceptance.of(drafter).chance
+        for depth, confidence in enumerate(islice(sure, len(tokens)), before + 1):
+            chance = chance_of(depth, confidence)
+            confidences.append(confidence)
+            chances.append(chance)
+            path *= chance
+            if path < _FAINT:
+                break
+        return _Run(drafter, tokens, confidences, chances)
+
+
+class _Run(NamedTuple):
+    """Drafts of one drafter in a row."""
+
+    drafter: Drafter
+    tokens: Seq[int]  # of which there are chances for the first ones
+    confidences: list[float]
+    chances: list[float]
+
+    def expected(self) -> float:
+        return expected_tokens(self.chances)
+
+    def drafts(self) -> list[Draft]:
+        return list(map(Draft, self.tokens, repeat(self.drafter), self.confidences, self.chances))
+
+
+def _end(sequence: DraftedSequence, tokens: Seq[int]) -> int:
+    """Drafts before the first that would end the text: the row before it gives it as well."""
+    stops = sequence.request.sampling.stop_token_ids
+    return next((at for at, token in enumerate(tokens) if token in stops), len(tokens))
 
 
 def heads_of(sequence: DraftedSequence) -> Drafter | None:

@@ -9,6 +9,7 @@ verification (`acceptance_rates.py`, `cost_model.py`); where drafting does not p
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -53,6 +54,7 @@ class StepDrafts:
     depths: dict[str, int] = field(default_factory=dict)
     guided: dict[str, GuidedChain] = field(default_factory=dict)
     estimate: float = 0.0
+    host: float = 0.0  # seconds that deciding took
 
 
 _NO_DRAFTS = StepDrafts()
@@ -89,9 +91,10 @@ class Speculation:
         head_count: Callable[[int], int],
         max_model_len: int,
         text: TokenText | None,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         """head_count: number of tokens that the Turbo heads in a device slot draft. text: None:
-        prompts are looked up by tokens alone."""
+        prompts are looked up by tokens alone. clock: seconds that this thread has worked."""
         self._cost = cost
         self._head_count = head_count
         self._draft_cost = DraftCost()
@@ -99,6 +102,7 @@ class Speculation:
         self._proposer = Proposer(self._acceptance, max_model_len, text)
         self._depth_plan = DepthPlan(self._acceptance, cost, self._draft_cost)
         self._backoff = Backoff()
+        self._clock = clock
         self._trial: str | None = None  # request whose drafts are verified at any cost
         self._step = StepDrafts()  # the one that is being prepared, or was last
 
@@ -108,7 +112,13 @@ class Speculation:
 
     def buy(self, plan: Seq[PlannedItem], room: int) -> list[tuple[int, ...]]:
         """Drafts to verify for each item, at most `room` in all; an empty list: none at all."""
+        begun = self._clock()
         step = self._step = StepDrafts(room=room)
+        bought = self._buy(plan, step)
+        step.host += self._clock() - begun
+        return bought
+
+    def _buy(self, plan: Seq[PlannedItem], step: StepDrafts) -> list[tuple[int, ...]]:
         self._proposer.alone.clear()
         decoding = sum([item.samples for item in plan])
         wanted = any(item.sequence.drafting is not None for item in plan)
@@ -118,7 +128,7 @@ class Speculation:
         chains = [self._chain(item) for item in plan]
         if not any(chains):
             return []
-        load = StepLoad(decoding, sum([item.count for item in plan]) - decoding, room)
+        load = StepLoad(decoding, sum([item.count for item in plan]) - decoding, step.room)
         trial = next((i for i, item in enumerate(plan) if self._is_trial(item)), None)
         chances = [[draft.chance for draft in chain] for chain in chains]
         purchase = buy_chains(chances, load, self._cost, trial=trial)
@@ -136,12 +146,17 @@ class Speculation:
 
         Also chooses the drafter that the next step tries.
         """
+        begun = self._clock()
         self._trial, step = None, self._step
-        if not step.awake:
-            return {}
+        if step.awake:
+            self._plan_depths(plan, step)
+        step.host += self._clock() - begun
+        return step.depths
+
+    def _plan_depths(self, plan: Seq[PlannedItem], step: StepDrafts) -> None:
         items = [item for item in plan if item.samples and item.sequence.drafting is not None]
         if not items:
-            return {}
+            return
         due = self._backoff.due(
             dict.fromkeys(d for item in items for d in _drafters(item.sequence))
         )
@@ -158,11 +173,10 @@ class Speculation:
                     depth = max(depth, min(_TRIED, prospect.deepest))
             if depth:
                 step.depths[key] = depth
-        return step.depths
 
     def guide(self, items: Seq[PlannedItem]) -> WordGuide | None:
         """The guide that revises the heads' drafts for these items; None: they stay."""
-        chains = [self._guided_chain(item.sequence) for item in items]
+        chains = [self._guided_chain(item) for item in items]
         if all(chain.lookup is None for chain in chains):
             return None
         self._step.guided = {
@@ -175,12 +189,18 @@ class Speculation:
 
         drafts: `under_way` when the step was launched.
         """
+        begun = self._clock()
+        report = self._learn(plan, ran, drafts)
+        drafts.host += self._clock() - begun
+        self._judge_step(plan, ran, drafts)
+        return report
+
+    def _learn(self, plan: Seq[PlannedItem], ran: StepResult, drafts: StepDrafts) -> DraftReport:
         sampling = [item for item in plan if item.samples]
         for item, result in zip(sampling, ran.results, strict=True):
             self._keep(item.sequence, result, drafts)
         if ran.seconds is not None and all(item.count == 1 for item in plan):
             self._cost.observe(sum([item.rows for item in plan]), ran.seconds)
-        self._judge_step(plan, ran, drafts)
         if ran.draft_seconds is not None:
             self._draft_cost.observe(list(drafts.depths.values()), ran.draft_seconds)
         if not drafts.bought:
@@ -214,7 +234,7 @@ class Speculation:
         if not drafts.awake or ran.seconds is None or any(item.count != 1 for item in plan):
             return
         tokens = sum([len(result.sampled) for result in ran.results])
-        seconds = ran.seconds + (ran.draft_seconds or 0.0)
+        seconds = ran.seconds + (ran.draft_seconds or 0.0) + drafts.host
         self._backoff.observe(len(plan), tokens, seconds, self._cost.seconds(len(plan)))
 
     def _judge(
@@ -227,16 +247,16 @@ class Speculation:
     ) -> None:
         """Count one item's drafts, and learn from those up to the first rejected."""
         held = len(result.sampled) - 1
-        chain = drafts.bought.get(item.sequence.request_id, [])
-        for depth, draft in enumerate(chain[: len(item.drafts)], 1):
-            counted = LOOKUP if draft.drafter.name in (WORDS, FORCED) else draft.drafter.name
-            drafted[counted, depth] += 1
-            accepted[counted, depth] += depth <= held
+        chain = drafts.bought.get(item.sequence.request_id, [])[: len(item.drafts)]
+        for depth, draft in enumerate(chain, 1):
+            name = draft.drafter.name
+            counted = LOOKUP if name in (WORDS, FORCED) else name, depth
+            drafted[counted] += 1
+            accepted[counted] += depth <= held
             if depth <= held + 1:
-                holds = depth <= held
-                self._acceptance.observe(draft.drafter, depth, draft.confidence, holds)
-                if holds:
-                    self._backoff.held(draft.drafter)
+                self._acceptance.observe(draft.drafter, depth, draft.confidence, depth <= held)
+        for drafter in {draft.drafter for draft in chain[:held]}:
+            self._backoff.held(drafter)
 
     def _is_trial(self, item: PlannedItem) -> bool:
         return item.sequence.request_id == self._trial
@@ -256,13 +276,14 @@ class Speculation:
         chain = self._proposer.chain(item.sequence)
         return chain[:_TRIED] if self._is_trial(item) else chain
 
-    def _guided_chain(self, sequence: DraftedSequence) -> GuidedChain:
+    def _guided_chain(self, item: PlannedItem) -> GuidedChain:
+        sequence = item.sequence
         heads = heads_of(sequence)
         if heads is None or sequence.drafting is None:
             raise RuntimeError(f"{sequence.request_id} has drafts of heads that it does not have")
         lookup = self._proposer.words(sequence) if sequence.drafting.lookup else None
         depth = self._step.depths[sequence.request_id]
-        return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth)
+        return GuidedChain(lookup, heads, Drafter(WORDS, sequence.key), depth, item.drafts)
 
 
 def _drafters(sequence: DraftedSequence) -> list[Drafter]:
