@@ -52,7 +52,14 @@ def served(*arguments: str) -> Iterator[tuple[psutil.Process, httpx.Client]]:
 def test_the_api_process_imports_serves_and_composes_without_torch(
     models: LlmModels, tmp_path: Path
 ) -> None:
-    settings = ["--model", str(models.path), "--store", str(tmp_path), "--kv-cache-bytes", "4194304"]
+    settings = [
+        "--model",
+        str(models.path),
+        "--store",
+        str(tmp_path),
+        "--kv-cache-bytes",
+        "4194304",
+    ]
     modules = ["--lora-modules", f"first={models.adapters['sql']}"]
     with served(*settings, *modules, "--threads", "1") as (process, client):
         folder = models.adapters["sql"]
