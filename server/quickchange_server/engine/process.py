@@ -41,6 +41,7 @@ from quickchange_server.protocol import (
 )
 from quickchange_server.spec_decode.prompt_lookup import TokenText
 from quickchange_server.structured_output.compiler import ConstraintCompiler
+from quickchange_server.workers.process_memory import release_unused_memory
 from quickchange_store.store import Store
 
 # Reads the tokenizer for prompt lookup and the grammar compiler; None: the engine has none.
@@ -101,6 +102,7 @@ def main(connection: Connection, settings: Settings, read_tokenizer: ReadTokeniz
         connection.send(ready)
         gc.collect()
         gc.freeze()  # modules and libraries: a collection would walk them all within a step
+        release_unused_memory()
         try:
             _serve(connection, engine, waker)
         except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -6,9 +6,12 @@ model: no thread is started, and no device is touched, so that a fork is safe.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import signal
+
+from quickchange_server.workers.process_memory import release_unused_memory
 
 # A signal to the whole service must not end it: it waits for the engines, which end later.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -23,6 +26,12 @@ for _name in (
     "quickchange_server.structured_output.grammar",
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.llama.modeling_llama",  # whose parts most models share
 ):
     importlib.import_module(_name)
+
+# A collection in an engine would write to every object of these, and so copy their pages.
+gc.collect()
+gc.freeze()
+release_unused_memory()

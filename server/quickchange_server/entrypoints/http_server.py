@@ -21,6 +21,7 @@ from fastapi import FastAPI
 from quickchange_server.api.app_state import Services
 from quickchange_server.config import Settings
 from quickchange_server.errors import QuickchangeError, SettingError
+from quickchange_server.workers.process_memory import release_unused_memory
 
 BACKLOG = 2048  # connections not yet accepted
 KEEP_ALIVE_SECONDS = 75  # above the usual 60 s of proxies, so that they close first
@@ -217,6 +218,7 @@ async def _announce(
     if error is None:
         gc.collect()
         gc.freeze()  # libraries and vocabulary: a collection takes 0.3 s less without them
+        release_unused_memory()
         announce(services, url)
         return
     server.should_exit = True

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from quickchange_server.frontend.templates.template_rendering import render, template_of
+from quickchange_server.frontend.encoding.template_rendering import render, template_of
 from quickchange_store.base_model.tokenizer_data import (
     Template,
     TokenizerData,
