@@ -36,7 +36,7 @@ class Wrapper:
 
     rows: the rows that each linear reads, by path. One whose rows are None has no group: no adapter
     may update it. With rows=None no group exists and no step ever looks for segments; the linears
-    are fused and go through the few-row kernel all the same. sharding: what this process holds only
+    are fused and go through the native kernels all the same. sharding: what this process holds only
     a part of. spare: tokens of the embedding and the LM head that the base itself does not have.
     """
 
