@@ -185,6 +185,7 @@ def _concatenate(linears: list[nn.Linear]) -> nn.Linear:
     )
     for linear in linears:
         release(linear.weight)
+        del linear.weight  # before the fused weight is packed: never three of them in memory
     if first.bias is not None:
         biases = [linear.bias.detach() for linear in linears]
         fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
