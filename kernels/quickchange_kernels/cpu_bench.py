@@ -23,6 +23,7 @@ from quickchange_kernels.attention.paged_attention_contract import paged_attenti
 from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
 from quickchange_kernels.linear.linear_float import linear, plain_linear
 from quickchange_kernels.linear.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
+from quickchange_kernels.linear.linear_panels import linear_panels, pack_panels
 from quickchange_kernels.lowrank.lowrank_contract import lowrank_, operands
 from quickchange_kernels.lowrank.lowrank_plain import plain_lowrank_
 from quickchange_kernels.random_inputs import make_segments, random_keys, random_tables
@@ -80,23 +81,28 @@ def linear_shapes(*, head: bool) -> list[tuple[int, int]]:
 
 
 def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
-    """All linears of the model beside `F.linear`; prefill leaves the LM head out."""
+    """All linears as they are served, beside `F.linear` on rows; prefill leaves the head out."""
     weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
+    packed = [pack_panels(weight) for weight in weights if weight.shape[0] != VOCABULARY]
     size = sum(weight.nbytes for weight in weights)
     for count in rows:
         inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
 
-        def run(
-            version: Callable[[Tensor, Tensor], Tensor], inputs: dict[int, Tensor] = inputs
-        ) -> None:
+        def served(inputs: dict[int, Tensor] = inputs) -> None:
+            for panels, weight in zip(packed, weights, strict=False):
+                linear_panels(inputs[weight.shape[1]], panels, weight.shape[0])
+            for weight in weights[len(packed) :]:  # the head
+                linear(inputs[HIDDEN], weight)
+
+        def plain(inputs: dict[int, Tensor] = inputs) -> None:
             for weight in weights:
-                version(inputs[weight.shape[1]], weight)
+                plain_linear(inputs[weight.shape[1]], weight)
 
         yield CpuCase(
             f"linear {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
             size,
-            lambda run=run: run(linear),  # type: ignore[misc]
-            lambda run=run: run(plain_linear),  # type: ignore[misc]
+            served,
+            plain,
         )
 
 
@@ -199,7 +205,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def cases(dtype: torch.dtype) -> Iterator[CpuCase]:
     """Every line of the table; one case's tensors are freed before the next is made."""
-    few, many = [1, 2, 4, 8, 16, 32], [64, 128, 256, 512]
+    few, many = [1, 2, 4, 8, 16, 32, 64], [64, 128, 256, 512, 1024]
     for linears in (linear_cases, onednn_cases, int8_cases):
         yield from linears(dtype, few)
         yield from linears(dtype, many, head=False)

@@ -2,7 +2,7 @@
 
 Contract
     x       [..., K]  float32, bfloat16 or float16; any strides
-    weight  [N, K]    x's dtype; row-major as `nn.Linear` holds it: no packing, no second copy
+    weight  [N, K]    x's dtype; row-major as `nn.Linear` holds it
     bias    [N]       or None
     returns [..., N]  new, contiguous, x's dtype; sums in float32 at least
 

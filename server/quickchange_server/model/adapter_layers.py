@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # output_side imports fusion, which imports this module
 
 
 class BaseLinear(nn.Module):
-    """A plain `nn.Linear` through the few-row kernel, on the same weight.
+    """A plain `nn.Linear` through `linear`, on the same weight.
 
     deterministic: by the product that sums in one order whatever the rows are.
     """

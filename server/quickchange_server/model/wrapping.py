@@ -36,7 +36,7 @@ class Wrapper:
 
     rows: the rows that each linear reads, by path. One whose rows are None has no group: no adapter
     may update it. With rows=None no group exists and no step ever looks for segments; the linears
-    are fused and go through the few-row kernel all the same. sharding: what this process holds only
+    are fused and go through the native kernels all the same. sharding: what this process holds only
     a part of. spare: tokens of the embedding and the LM head that the base itself does not have.
     """
 
@@ -185,6 +185,7 @@ def _concatenate(linears: list[nn.Linear]) -> nn.Linear:
     )
     for linear in linears:
         release(linear.weight)
+        del linear.weight  # before the fused weight is packed: never three of them in memory
     if first.bias is not None:
         biases = [linear.bias.detach() for linear in linears]
         fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
