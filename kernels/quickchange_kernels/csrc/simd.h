@@ -132,7 +132,7 @@ inline float sum_of_lanes(vec v) {
 // Sums the W lanes of each of W vectors: lane i of the result is the sum of v[i]. log2(W) rounds;
 // each round adds the halves of every vector and packs two vectors in one. Clobbers v.
 #if QC_WIDTH == 16
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 8; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -146,7 +146,7 @@ inline vec sum_lanes(vec* v) {
          __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 #elif QC_WIDTH == 8
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 4; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
@@ -157,7 +157,7 @@ inline vec sum_lanes(vec* v) {
          __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
 }
 #else
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 2; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 4, 5) +
            __builtin_shufflevector(v[i], v[i + 2], 2, 3, 6, 7);
