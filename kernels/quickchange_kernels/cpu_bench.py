@@ -214,6 +214,7 @@ def cases(dtype: torch.dtype) -> Iterator[CpuCase]:
     yield from attention_cases(dtype, 16, 1024, 1)
     yield from attention_cases(dtype, 4, 512, 64)
     yield from attention_cases(dtype, 1, 2048, 256)
+    yield from attention_cases(dtype, 1, 2000, 2000)
 
 
 def main() -> None:

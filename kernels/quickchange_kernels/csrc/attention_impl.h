@@ -8,8 +8,10 @@ constexpr int64_t TILE = KEYS_PER_TILE;
 template <class T>
 struct Tile {
   int64_t begin, count;  // positions
-  const T* keys[TILE + MAX_AHEAD];
-  const T* values[TILE + MAX_AHEAD];
+  int64_t runs;          // number of the blocks that it touches
+  int64_t starts[TILE + 1];  // of `count`, each run's first key that the item sees; last `count`
+  const T* keys[TILE];
+  const T* values[TILE];
 };
 
 // Finds the tile at `begin`. Where the item sees no key, before its oldest and past its last, the
@@ -20,10 +22,12 @@ inline void find_tile(
   tile.begin = begin;
   tile.count = std::min(TILE, item.end - begin);
   const int64_t dead = std::max<int64_t>(0, item.oldest - begin);
+  tile.runs = 0;
   int64_t block = (begin + dead) / a.block_size, offset = (begin + dead) % a.block_size, i = dead;
   while (i < tile.count) {
     const int64_t slot = (item.blocks[block] * a.Hkv + item.head) * a.block_size + offset;
     const int64_t run = std::min(a.block_size - offset, tile.count - i);
+    tile.starts[tile.runs++] = i;
     for (int64_t n = 0; n < run; n++) {
       tile.keys[i + n] = a.k + (slot + n) * a.D;
       tile.values[i + n] = a.v + (slot + n) * a.Dv;
@@ -32,75 +36,16 @@ inline void find_tile(
     block++;
     offset = 0;
   }
+  tile.starts[tile.runs] = tile.count;
   for (int64_t n = 0; n < dead; n++) {
     tile.keys[n] = tile.keys[dead];
     tile.values[n] = tile.values[dead];
   }
-  for (; i < TILE + MAX_AHEAD; i++) {
+  for (; i < TILE; i++) {
     tile.keys[i] = tile.keys[tile.count - 1];
     tile.values[i] = tile.values[tile.count - 1];
   }
 }
-
-// Fetches an item's keys and values into the second-level cache a few lines at a time, in the order
-// in which they lie in memory: a block's heads follow one another, and longer runs are faster (2
-// cores reading blocks in random order: 21.7 GB/s in runs of 4 KiB, 16.7 in runs of 2).
-template <class T>
-class Fetcher {
- public:
-  Fetcher(const AttentionArgs<T>& a, const AttentionItem& item)
-      : a_(a), item_(item), stop_key_(std::max(item.begin, item.oldest)) {
-    next_piece();
-  }
-
-  // Four lines at a time; up to three past the end of a run are fetched in vain.
-  void fetch(int64_t quads) {
-    for (; quads > 0 && at_ < stop_; quads--) {
-      for (int i = 0; i < 4; i++) __builtin_prefetch(at_ + 64 * i, 0, 2);
-      at_ += 256;
-      if (at_ >= stop_) next_run();
-    }
-  }
-
- private:
-  // Keys that lie in one block and one tile.
-  void next_piece() {
-    key_ = stop_key_;
-    if (key_ >= item_.end) {
-      at_ = stop_ = nullptr;
-      return;
-    }
-    const int64_t of_block = a_.block_size - key_ % a_.block_size, of_tile = TILE - key_ % TILE;
-    stop_key_ = std::min({item_.end, key_ + of_block, key_ + of_tile});
-    head_ = 0;
-    values_ = false;
-    set_run();
-  }
-
-  void next_run() {
-    if (++head_ == item_.heads) {
-      if (values_) return next_piece();
-      head_ = 0;
-      values_ = true;
-    }
-    set_run();
-  }
-
-  void set_run() {
-    const int64_t block = item_.blocks[key_ / a_.block_size] * a_.Hkv + item_.head + head_;
-    const int64_t width = values_ ? a_.Dv : a_.D;
-    const T* run = (values_ ? a_.v : a_.k) + (block * a_.block_size + key_ % a_.block_size) * width;
-    at_ = reinterpret_cast<const char*>(run);
-    stop_ = reinterpret_cast<const char*>(run + (stop_key_ - key_) * width);
-  }
-
-  const AttentionArgs<T>& a_;
-  const AttentionItem& item_;
-  int64_t key_ = 0, stop_key_, head_ = 0;
-  bool values_ = false;
-  const char* at_ = nullptr;
-  const char* stop_ = nullptr;
-};
 
 template <class T>
 inline const T* query(
@@ -136,20 +81,58 @@ inline Bias bias(
   return {slope * float(begin - item.past - item.first_index - row / a.group), slope};
 }
 
-// One head's part of a tile of keys for its query rows.
+// Keys [begin, end) of a tile that lie in one block, for one head: a run of the cache's memory.
 template <class T>
-struct HeadTile {
-  const T* const* keys;  // rows of the item's first head
-  const T* const* values;
-  int64_t count;
-  int64_t offset, value_offset;  // this head's, from the first head
-  int64_t D, Dv;
-  int64_t lines;  // cache lines of one key
+struct Run {
+  const T* const* rows;  // of the item's first head, by key of the tile
+  int64_t begin, end;
+  int64_t offset;  // this head's, from the first head
+  int64_t width;
+  const T* ahead;  // a later run
+
+  const T* row(int64_t n) const { return rows[n] + offset; }
+
+  // Fetches what stands in the later run where `count` keys from n on stand in this one.
+  void fetch(int64_t n, int64_t count) const {
+    const char* from = reinterpret_cast<const char*>(ahead + (n - begin) * width);
+    for (int64_t i = 0; i < count * width * int64_t(sizeof(T)); i += 64)
+      __builtin_prefetch(from + i);
+  }
 };
+
+// Blocks of keys or values that are fetched ahead of their use: one or four are no faster.
+constexpr int64_t RUNS_AHEAD = 2;
+
+// Where the i-th run of a tile's keys, then values, then the next tile's keys begins.
+template <class T>
+inline const T* run_at(const Tile<T>& tile, const Tile<T>* next, int64_t i) {
+  if (i < tile.runs) return tile.keys[tile.starts[i]];
+  i -= tile.runs;
+  if (i < tile.runs) return tile.values[tile.starts[i]];
+  i -= tile.runs;
+  if (next && i < next->runs) return next->keys[next->starts[i]];
+  return tile.values[0];  // nothing to fetch: this is in the cache
+}
+
+// Calls use(run, head) for the runs of a tile's keys, or values, in the order in which they lie in
+// memory: a block's heads follow one another.
+template <bool VALUES, class T, class Use>
+inline void for_runs(
+    const AttentionArgs<T>& a, const AttentionItem& item, const Tile<T>& tile, const Tile<T>* next,
+    const Use& use) {
+  const int64_t width = VALUES ? a.Dv : a.D, stride = a.block_size * width;
+  for (int64_t i = 0; i < tile.runs; i++) {
+    const T* ahead = run_at(tile, next, i + RUNS_AHEAD + (VALUES ? tile.runs : 0));
+    for (int64_t head = 0; head < item.heads; head++)
+      use(Run<T>{VALUES ? tile.values : tile.keys, tile.starts[i], tile.starts[i + 1], head * stride,
+                 width, ahead + head * stride},
+          head);
+  }
+}
 
 // acc[m * stride + n] = lanes of q row m times key n.
 template <int N, int M, class T>
-inline void dot_keys(const T* const* keys, const T* const* q, int64_t D, vec* acc, int stride) {
+[[gnu::always_inline]] inline void dot_keys(const T* const* keys, const T* const* q, int64_t D, vec* acc, int stride) {
   using P = Product<T, T>;
   vec sum[M][N] = {};
   int64_t d = 0;
@@ -175,28 +158,27 @@ inline void dot_keys(const T* const* keys, const T* const* q, int64_t D, vec* ac
     for (int n = 0; n < N; n++) acc[m * stride + n] = sum[m][n];
 }
 
-// scores[row][key] = q · k for the keys of a tile, M query rows at a time. Fetches meanwhile, spread
-// over the products: a burst of fetches would hold them up. DIM: the head size, or 0 for any (24 to
-// 19 ns a key at 64).
+// scores[row][key] = q · k for the keys of a run, M query rows at a time. DIM: the head size, or 0 for
+// any (24 to 19 ns a key at 64).
 template <int M, int DIM, class T>
 inline void score_by(
-    const HeadTile<T>& tile, const T* const* queries, int64_t rows, Fetcher<T>& fetcher,
-    float (*scores)[TILE]) {
-  constexpr int SLOTS = M == 3 ? 4 : M;
-  constexpr int N = W / SLOTS, PASS = N < MAX_AHEAD ? N : MAX_AHEAD;
-  const int64_t D = DIM > 0 ? DIM : tile.D;
-  for (int64_t n = 0; n < tile.count; n += N) {
-    if (n % 4 == 0) fetcher.fetch(tile.lines);
+    const Run<T>& run, const T* const* queries, int64_t rows, float (*scores)[TILE]) {
+  constexpr int N = W / M, PASS = std::min<int>(N, M == 1 && W == 16 ? 16 : 4);
+  const int64_t D = DIM > 0 ? DIM : run.width;
+  for (int64_t n = run.begin; n < run.end; n += N) {
     const T* keys[N];
-    for (int i = 0; i < N; i++)
-      keys[i] = tile.keys[std::min(n + i, tile.count - 1)] + tile.offset;
+    for (int i = 0; i < N; i++) keys[i] = run.row(std::min(n + i, run.end - 1));
+    const int64_t live = std::min<int64_t>(N, run.end - n);
+    run.fetch(n, live);
     for (int64_t m = 0; m < rows; m += M) {
-      vec acc[W] = {};
+      vec acc[W];
       for (int i = 0; i < N; i += PASS) dot_keys<PASS, M>(keys + i, queries + m, D, acc + i, N);
       float sums[W];
       store(sums, sum_lanes(acc));
-      for (int64_t i = 0; i < std::min<int64_t>(M, rows - m); i++)
-        std::memcpy(&scores[m + i][n], &sums[i * N], N * sizeof(float));
+      for (int64_t i = 0; i < std::min<int64_t>(M, rows - m); i++) {
+        if (live == N) std::memcpy(&scores[m + i][n], &sums[i * N], N * sizeof(float));
+        else std::memcpy(&scores[m + i][n], &sums[i * N], live * sizeof(float));
+      }
     }
   }
 }
@@ -219,18 +201,20 @@ inline float weigh(
   bits32 lane;
   for (int i = 0; i < W; i++) lane[i] = i;
   const vec steps = bias.first + bias.slope * __builtin_convertvector(lane, vec);
+  const bool all = (seen & bits_between(0, lanes - 1)) == bits_between(0, lanes - 1);
   vec top = splat(*maximum);
   for (int64_t i = 0; i < lanes; i += W) {
     vec score = load(scores + i) * a.scale;
     if (a.softcap > 0) score = cap(score, a.softcap);
     if (a.slopes) score += steps + bias.slope * float(i);
-    const bits32 shown = ((uint32_t(seen >> i) + bits32{}) >> lane & 1) != 0;
-    score = choose(shown, score, splat(NONE));
+    if (!all) {
+      const bits32 shown = ((uint32_t(seen >> i) + bits32{}) >> lane & 1) != 0;
+      score = choose(shown, score, splat(NONE));
+    }
     store(scores + i, score);
     top = highest_of(score, top);
   }
-  float highest = top[0];
-  for (int i = 1; i < W; i++) highest = std::max<float>(highest, top[i]);
+  const float highest = highest_lane(top);
   if (highest == NONE) {  // nothing seen yet
     std::memset(scores, 0, lanes * sizeof(float));
     return 1.0f;
@@ -241,52 +225,46 @@ inline float weigh(
     store(scores + i, weight);
     total += weight;
   }
-  float added = 0;
-  for (int i = 0; i < W; i++) added += total[i];
-  const float shrink = std::exp(*maximum - highest);
+  const float shrink = exp_negative(splat(*maximum - highest))[0];
   *maximum = highest;
-  *sum = *sum * shrink + added;
+  *sum = *sum * shrink + sum_of_lanes(total);
   return shrink;
 }
 
 template <int DIM, class T>
 inline void score(
-    const HeadTile<T>& tile, const T* const* queries, int64_t rows, Fetcher<T>& fetcher,
-    float (*scores)[TILE]) {
+    const Run<T>& run, const T* const* queries, int64_t rows, float (*scores)[TILE]) {
   switch (std::min<int64_t>(rows, 4)) {
-    case 1: return score_by<1, DIM>(tile, queries, rows, fetcher, scores);
-    case 2: return score_by<2, DIM>(tile, queries, rows, fetcher, scores);
-    case 3: return score_by<3, DIM>(tile, queries, rows, fetcher, scores);
-    default: return score_by<4, DIM>(tile, queries, rows, fetcher, scores);
+    case 1: return score_by<1, DIM>(run, queries, rows, scores);
+    case 2: return score_by<2, DIM>(run, queries, rows, scores);
+    case 3: return score_by<1, DIM>(run, queries, rows, scores);  // 3 would waste a quarter of the sums
+    default: return score_by<4, DIM>(run, queries, rows, scores);
   }
 }
 
 // part[row] = part[row] · shrink + Σ weight · value, for R rows and V vectors of the head.
-// Fetches `lines` lines a key meanwhile.
 template <int R, int V, class T>
 inline void gather_block(
-    const HeadTile<T>& tile, const float (*weights)[TILE], const float* shrink, float* part,
-    int64_t d, int64_t live, Fetcher<T>& fetcher, int64_t lines) {
+    const Run<T>& run, const float (*weights)[TILE], const float* shrink, float* part, int64_t d,
+    int64_t live) {
   const bool whole = live == V * W;
   vec acc[R][V];
   for (int i = 0; i < R; i++)
     for (int v = 0; v < V; v++) {
-      const float* p = part + i * tile.Dv + d + v * W;
+      const float* p = part + i * run.width + d + v * W;
       acc[i][v] = (whole ? load(p) : load_first(p, live)) * shrink[i];
     }
-  for (int64_t n = 0; n < tile.count; n++) {
-    if (n % 4 == 0) fetcher.fetch(lines);
+  for (int64_t n = run.begin; n < run.end; n++) {
+    const T* p = run.row(n) + d;
+    if (d == 0) run.fetch(n, 1);
     vec value[V];
-    for (int v = 0; v < V; v++) {
-      const T* p = tile.values[n] + tile.value_offset + d + v * W;
-      value[v] = whole ? load(p) : load_first(p, live);
-    }
+    for (int v = 0; v < V; v++) value[v] = whole ? load(p + v * W) : load_first(p, live);
     for (int i = 0; i < R; i++)
       for (int v = 0; v < V; v++) acc[i][v] += splat(weights[i][n]) * value[v];
   }
   for (int i = 0; i < R; i++)
     for (int v = 0; v < V; v++) {
-      float* p = part + i * tile.Dv + d + v * W;
+      float* p = part + i * run.width + d + v * W;
       if (whole) store(p, acc[i][v]);
       else store_first(p, acc[i][v], live);
     }
@@ -294,71 +272,83 @@ inline void gather_block(
 
 template <int R, class T>
 inline void gather_by(
-    const HeadTile<T>& tile, const float (*weights)[TILE], const float* shrink, float* part,
-    Fetcher<T>& fetcher) {
+    const Run<T>& run, const float (*weights)[TILE], const float* shrink, float* part) {
   constexpr int V = 4;
-  constexpr int64_t LINES = std::max<int64_t>(1, V * W * int64_t(sizeof(T)) / 64);
   int64_t d = 0;
-  for (; d + V * W <= tile.Dv; d += V * W)
-    gather_block<R, V>(tile, weights, shrink, part, d, V * W, fetcher, LINES);
-  for (; d < tile.Dv; d += W)
-    gather_block<R, 1>(tile, weights, shrink, part, d, std::min(W, tile.Dv - d), fetcher, 1);
+  for (; d + V * W <= run.width; d += V * W)
+    gather_block<R, V>(run, weights, shrink, part, d, V * W);
+  for (; d < run.width; d += W)
+    gather_block<R, 1>(run, weights, shrink, part, d, std::min(W, run.width - d));
 }
 
-// Scores and weights of one head's tile for every row, and its share of the output.
 template <class T>
-inline void attend_tile(
-    const AttentionArgs<T>& a, const AttentionItem& item, int64_t begin, const HeadTile<T>& tile,
-    const T* const* queries, int64_t head, Fetcher<T>& fetcher) {
-  alignas(64) float scores[MAX_ATTENTION_ROWS][TILE];
-  float shrink[MAX_ATTENTION_ROWS];
-  const int64_t rows = item.queries * a.group, first = head * rows;
-  const int64_t lanes = (tile.count + W - 1) / W * W;
-  if (a.D == 64) score<64>(tile, queries, rows, fetcher, scores);
-  else if (a.D == 128) score<128>(tile, queries, rows, fetcher, scores);
-  else score<0>(tile, queries, rows, fetcher, scores);
-  for (int64_t i = 0; i < rows; i++) {
-    const uint64_t seen = visible(item, i / a.group, a.window, begin);
-    shrink[i] = weigh(
-        a, scores[i], lanes, seen, bias(a, item, head, i, begin), item.maximum + first + i,
-        item.sum + first + i);
-  }
-  for (int64_t i = 0; i < rows; i += 4) {
-    const auto weights = scores + i;
-    float* part = item.part + (first + i) * a.Dv;
+inline void gather(
+    const Run<T>& run, const float (*weights)[TILE], const float* shrink, int64_t rows,
+    float* part) {
+  for (int64_t i = 0; i < rows; i += 4, part += 4 * run.width) {
     switch (std::min<int64_t>(rows - i, 4)) {
-      case 1: gather_by<1>(tile, weights, shrink + i, part, fetcher); break;
-      case 2: gather_by<2>(tile, weights, shrink + i, part, fetcher); break;
-      case 3: gather_by<3>(tile, weights, shrink + i, part, fetcher); break;
-      default: gather_by<4>(tile, weights, shrink + i, part, fetcher);
+      case 1: gather_by<1>(run, weights + i, shrink + i, part); break;
+      case 2: gather_by<2>(run, weights + i, shrink + i, part); break;
+      case 3: gather_by<3>(run, weights + i, shrink + i, part); break;
+      default: gather_by<4>(run, weights + i, shrink + i, part);
     }
   }
+}
+
+// Scratch of one item.
+struct AttentionRoom {
+  alignas(64) float scores[MAX_ATTENTION_HEADS][MAX_ATTENTION_ROWS][TILE];
+  float shrink[MAX_ATTENTION_HEADS][MAX_ATTENTION_ROWS];
+};
+
+// The scores of every head and row over a tile, their weights, and the values so weighed.
+template <class T>
+inline void attend_tile(
+    const AttentionArgs<T>& a, const AttentionItem& item, const Tile<T>& tile, const Tile<T>* next,
+    const T* const (*queries)[MAX_ATTENTION_ROWS + 3], AttentionRoom& room) {
+  const int64_t rows = item.queries * a.group, lanes = (tile.count + W - 1) / W * W;
+  for_runs<false>(a, item, tile, next, [&](const Run<T>& run, int64_t head) {
+    if (a.D == 64) score<64>(run, queries[head], rows, room.scores[head]);
+    else if (a.D == 128) score<128>(run, queries[head], rows, room.scores[head]);
+    else score<0>(run, queries[head], rows, room.scores[head]);
+  });
+  for (int64_t head = 0; head < item.heads; head++)
+    for (int64_t i = 0; i < rows; i++) {
+      const uint64_t seen = visible(item, i / a.group, a.window, tile.begin);
+      room.shrink[head][i] = weigh(
+          a, room.scores[head][i], lanes, seen, bias(a, item, head, i, tile.begin),
+          item.maximum + head * rows + i, item.sum + head * rows + i);
+    }
+  for_runs<true>(a, item, tile, next, [&](const Run<T>& run, int64_t head) {
+    gather(run, room.scores[head], room.shrink[head], rows, item.part + head * rows * a.Dv);
+    if (run.end < tile.count) std::fill_n(room.shrink[head], rows, 1.0f);
+  });
 }
 
 // The item's keys for its queries: maxima, sums and parts.
 template <class T>
 void attend(const AttentionArgs<T>& a, const AttentionItem& item) {
+  static thread_local AttentionRoom room;
   const int64_t rows = item.queries * a.group;
   std::fill_n(item.maximum, item.heads * rows, -std::numeric_limits<float>::infinity());
   std::fill_n(item.sum, item.heads * rows, 0.0f);
   std::fill_n(item.part, item.heads * rows * a.Dv, 0.0f);
-  const T* queries[MAX_ATTENTION_HEADS][MAX_ATTENTION_ROWS + 3];  // the last stands in past the end
+  // The last stands in for those past the end.
+  const T* queries[MAX_ATTENTION_HEADS][MAX_ATTENTION_ROWS + 3];
   for (int64_t head = 0; head < item.heads; head++)
     for (int64_t i = 0; i < rows + 3; i++)
       queries[head][i] = query(a, item, head, std::min(i, rows - 1));
-  const int64_t lines = (a.D * int64_t(sizeof(T)) + 63) / 64;
-  const int64_t value_lines = (a.Dv * int64_t(sizeof(T)) + 63) / 64;
-  Fetcher<T> fetcher(a, item);
-  fetcher.fetch(
-      std::min(TILE, item.end - item.begin) * item.heads * (lines + value_lines) / 4 + 1);
-  Tile<T> tile;
-  for (int64_t begin = item.begin; begin < item.end; begin += TILE) {
-    find_tile(tile, a, item, begin);
-    for (int64_t head = 0; head < item.heads; head++) {
-      const int64_t slot = head * a.block_size;
-      const HeadTile<T> own{
-          tile.keys, tile.values, tile.count, slot * a.D, slot * a.Dv, a.D, a.Dv, lines};
-      attend_tile(a, item, begin, own, queries[head], head, fetcher);
-    }
+  Tile<T> tiles[2];
+  find_tile(tiles[0], a, item, item.begin);
+  for (int64_t i = 0; i < std::min(RUNS_AHEAD, tiles[0].runs); i++) {
+    const int64_t first = tiles[0].starts[i], keys = tiles[0].starts[i + 1] - first;
+    for (int64_t head = 0; head < item.heads; head++)
+      Run<T>{nullptr, 0, 0, 0, a.D, tiles[0].keys[first] + head * a.block_size * a.D}.fetch(0, keys);
+  }
+  int64_t now = 0;
+  for (int64_t begin = item.begin; begin < item.end; begin += TILE, now = 1 - now) {
+    const bool last = begin + TILE >= item.end;
+    if (!last) find_tile(tiles[1 - now], a, item, begin + TILE);
+    attend_tile(a, item, tiles[now], last ? nullptr : &tiles[1 - now], queries, room);
   }
 }

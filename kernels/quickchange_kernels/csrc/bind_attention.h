@@ -13,11 +13,14 @@ struct AttentionUnit {
   int64_t first_item, splits;
 };
 
+// Lists of one call, kept for the next: every layer of a step would allocate them anew.
 struct AttentionPlan {
   std::vector<AttentionItem> chunks;
   std::vector<AttentionItem> items;
   std::vector<AttentionUnit> units;
   std::vector<int64_t> unit_of_item;
+  std::vector<std::atomic<int64_t>> open;  // of each unit, splits that are not done; or longer
+  std::vector<float> room;
 };
 
 // Block tables and lengths of the sequences.
@@ -38,8 +41,8 @@ void plan_sequence(
     int64_t heads, int64_t b) {
   const int64_t row = tables.starts[b], count = tables.starts[b + 1] - row;
   const int64_t past = tables.lengths[b] - count;
-  const int64_t step = MAX_ATTENTION_ROWS / args.group;
   const bool chunk = count > MAX_SPLIT_QUERIES && std::max(args.D, args.Dv) <= MAX_PRODUCT_DIM;
+  const int64_t step = (chunk ? MAX_CHUNK_ROWS : MAX_ATTENTION_ROWS) / args.group;
   for (int64_t first = 0; first < count; first += step) {
     AttentionItem item{};
     item.blocks = tables.blocks + b * tables.width;
@@ -104,15 +107,18 @@ void check_sequence(const AttentionArgs<T>& args, const AttentionTables& tables,
 }
 
 template <class T>
-AttentionPlan plan_attention(const AttentionArgs<T>& args, const AttentionTables& tables) {
-  AttentionPlan plan;
+void plan_attention(
+    AttentionPlan& plan, const AttentionArgs<T>& args, const AttentionTables& tables) {
+  plan.chunks.clear();
+  plan.items.clear();
+  plan.units.clear();
+  plan.unit_of_item.clear();
   const int64_t heads = heads_together(args, tables);
   for (int64_t b = 0; b < tables.sequences; b++) {
     if (tables.lengths[b] == 0) continue;  // padding
     check_sequence(args, tables, b);
     plan_sequence(plan, args, tables, heads, b);
   }
-  return plan;
 }
 
 // Σ over splits of e^(maximum - highest) · part, over the same of sum and the head's sink.
@@ -142,11 +148,14 @@ void merge(const AttentionArgs<T>& args, const AttentionItem* items, int64_t spl
 
 template <class T>
 void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) {
-  AttentionPlan plan = plan_attention(args, tables);
+  static thread_local AttentionPlan kept;
+  AttentionPlan& plan = kept;  // the caller's, also where another thread runs a unit
+  plan_attention(plan, args, tables);
   int64_t rows = 0;
   for (const auto& item : plan.items) rows += item.heads * item.queries * args.group;
-  const std::unique_ptr<float[]> room(new float[rows * (args.Dv + 2)]);
-  float* next = room.get();
+  const int64_t wanted = rows * (args.Dv + 2), units = plan.units.size();
+  if (int64_t(plan.room.size()) < wanted) plan.room = std::vector<float>(wanted);
+  float* next = plan.room.data();
   for (auto& item : plan.items) {
     const int64_t own = item.heads * item.queries * args.group;
     item.part = next;
@@ -154,8 +163,8 @@ void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) 
     item.sum = item.maximum + own;
     next += own * (args.Dv + 2);
   }
-  const std::unique_ptr<std::atomic<int64_t>[]> open(new std::atomic<int64_t>[plan.units.size()]);
-  for (size_t u = 0; u < plan.units.size(); u++) open[u] = plan.units[u].splits;
+  if (int64_t(plan.open.size()) < units) plan.open = std::vector<std::atomic<int64_t>>(units);
+  for (int64_t u = 0; u < units; u++) plan.open[u] = plan.units[u].splits;
   const Kernels& version = kernels();
   const int64_t chunks = plan.chunks.size();
   // Chunks are the larger pieces, and the last of a chunk's items the largest: those go first.
@@ -163,7 +172,7 @@ void run_attention(const AttentionArgs<T>& args, const AttentionTables& tables) 
     if (i < chunks) return version.attend_chunk(args, plan.chunks[chunks - 1 - i]);
     version.attend(args, plan.items[i - chunks]);
     const int64_t unit = plan.unit_of_item[i - chunks];
-    if (--open[unit] == 0)  // the thread that finishes a unit merges it
+    if (--plan.open[unit] == 0)  // the thread that finishes a unit merges it
       merge(args, plan.items.data() + plan.units[unit].first_item, plan.units[unit].splits);
   });
 }
@@ -193,7 +202,6 @@ Tensor paged_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& tables, const Tensor& lengths,
     const Tensor& starts, double scale, int64_t window, double softcap,
     const std::optional<Tensor>& sinks, const std::optional<Tensor>& slopes) {
-  const auto plain = plain_version<decltype(paged_attention)>("quickchange::paged_attention");
   for (const Tensor* t : {&tables, &lengths, &starts})
     TORCH_CHECK_TYPE(
         t->scalar_type() == at::kInt && t->is_contiguous(),
@@ -214,7 +222,8 @@ Tensor paged_attention(
                       k.is_contiguous() && v.is_contiguous() &&
                       q.size(1) / k.size(1) <= MAX_ATTENTION_ROWS;
   if (!native)
-    return plain.call(q, k, v, tables, lengths, starts, scale, window, softcap, sinks, slopes);
+    return plain_version<decltype(paged_attention)>("quickchange::paged_attention")
+        .call(q, k, v, tables, lengths, starts, scale, window, softcap, sinks, slopes);
   const Tensor out = at::empty({q.size(0), q.size(1), v.size(3)}, q.options());
   const AttentionTables indices{
       data<int32_t>(tables), tables.size(1), data<int32_t>(lengths), data<int32_t>(starts),

@@ -11,89 +11,101 @@ constexpr int64_t ROWS_PER_ITEM = 32;  // the rows of x that pass while a page i
 // one rank-16 adapter (about 40,000) is done sooner by the thread that is awake.
 constexpr int64_t WORTH_SHARING = 1 << 17;
 
+// The tables of an adapter pool and a step's segments, in raw pointers: a tensor's take three calls.
 struct Segments {
-  const Tensor& arena;
-  const Tensor& directory;
-  const Tensor& pages;
-  const Tensor& scale;
-  const Tensor& shift;
-  const Tensor& kind;
-  const Tensor& rows;
-  const Tensor& slot;
-  const Tensor& weight;
+  const void* arena;
+  int64_t room;  // elements of the arena
+  const int32_t* directory;  // [slots, groups, 2]
+  int64_t slots, groups;
+  const int64_t* pages;  // [page_count, 4]
+  int64_t page_count;
+  const float* scale;   // [page_count]
+  const float* shift;   // [page_count, 8]
+  const int32_t* kind;  // [page_count]
+  const int32_t* rows;  // [count, 2]
+  const int32_t* slot;  // [count]
+  const float* weight;  // [count]
+  int64_t count;
   int64_t group;
 };
 
-void check_type(const Tensor& tensor, at::ScalarType type, const char* name) {
+template <class T>
+const T* checked_data(const Tensor& tensor, at::ScalarType type, const char* name) {
   TORCH_CHECK_TYPE(
       tensor.scalar_type() == type && tensor.is_contiguous(), "lowrank: ", name, " must be contiguous ",
       type, ", got ", tensor.scalar_type(), " with strides ", tensor.strides());
+  return data<T>(tensor);
 }
 
-void check_tables(const Segments& s) {
-  check_type(s.directory, at::kInt, "directory");
-  check_type(s.pages, at::kLong, "pages");
-  check_type(s.scale, at::kFloat, "page_scale");
-  check_type(s.shift, at::kFloat, "page_shift");
-  check_type(s.kind, at::kInt, "page_kind");
-  check_type(s.rows, at::kInt, "segments.rows");
-  check_type(s.slot, at::kInt, "segments.slot");
-  check_type(s.weight, at::kFloat, "segments.weight");
-  const int64_t pages = s.pages.size(0), count = s.slot.numel();
+Segments checked_segments(
+    const Tensor& arena, const Tensor& directory, const Tensor& pages, const Tensor& scale,
+    const Tensor& shift, const Tensor& kind, const Tensor& rows, const Tensor& slot,
+    const Tensor& weight, int64_t group) {
   TORCH_CHECK_VALUE(
-      s.directory.dim() == 3 && s.directory.size(2) == 2 && s.pages.dim() == 2 &&
-          s.pages.size(1) == 4 && s.scale.numel() == pages && s.shift.numel() == RANKS * pages &&
-          s.kind.numel() == pages && s.rows.numel() == 2 * count && s.weight.numel() == count &&
-          s.arena.is_contiguous(),
-      "lowrank: directory ", s.directory.sizes(), ", pages ", s.pages.sizes(), ", page_scale ",
-      s.scale.sizes(), ", page_shift ", s.shift.sizes(), ", page_kind ", s.kind.sizes(),
-      ", segments.rows ", s.rows.sizes(), ", slot ", s.slot.sizes(), " and weight ",
-      s.weight.sizes(), " do not fit together");
+      directory.dim() == 3 && directory.size(2) == 2 && pages.dim() == 2 && pages.size(1) == 4 &&
+          scale.numel() == pages.size(0) && shift.numel() == RANKS * pages.size(0) &&
+          kind.numel() == pages.size(0) && rows.numel() == 2 * slot.numel() &&
+          weight.numel() == slot.numel() && arena.is_contiguous(),
+      "lowrank: directory ", directory.sizes(), ", pages ", pages.sizes(), ", page_scale ",
+      scale.sizes(), ", page_shift ", shift.sizes(), ", page_kind ", kind.sizes(),
+      ", segments.rows ", rows.sizes(), ", slot ", slot.sizes(), " and weight ", weight.sizes(),
+      " do not fit together");
   TORCH_CHECK_INDEX(
-      s.group >= 0 && s.group < s.directory.size(1), "lowrank: group ", s.group,
-      " is not in the directory's ", s.directory.size(1));
+      group >= 0 && group < directory.size(1), "lowrank: group ", group,
+      " is not in the directory's ", directory.size(1));
+  return {
+      arena.data_ptr(), arena.numel(),
+      checked_data<int32_t>(directory, at::kInt, "directory"), directory.size(0), directory.size(1),
+      checked_data<int64_t>(pages, at::kLong, "pages"), pages.size(0),
+      checked_data<float>(scale, at::kFloat, "page_scale"),
+      checked_data<float>(shift, at::kFloat, "page_shift"),
+      checked_data<int32_t>(kind, at::kInt, "page_kind"),
+      checked_data<int32_t>(rows, at::kInt, "segments.rows"),
+      checked_data<int32_t>(slot, at::kInt, "segments.slot"),
+      checked_data<float>(weight, at::kFloat, "segments.weight"), slot.numel(), group};
 }
 
 // Throws unless `page` lies in the arena and its columns among N.
 void check_page(const Segments& s, int64_t p, int64_t K, int64_t N) {
-  const int64_t* page = data<int64_t>(s.pages) + p * 4;
-  const auto kind = PageKind(data<int32_t>(s.kind)[p]);
+  const int64_t* page = s.pages + p * 4;
+  const auto kind = PageKind(s.kind[p]);
   check_index("lowrank: page_kind", p, int64_t(kind), int64_t(PageKind::GAIN) + 1);
   check_index("lowrank: pages' column", p, page[2], N + 1);
   check_index("lowrank: pages' width", p, page[3], N - page[2] + 1);
-  const int64_t room = s.arena.numel();
   const bool gain = kind == PageKind::GAIN;
-  if (!gain) check_block("lowrank: pages' A", p, page[0], RANKS, K, room);
-  check_block("lowrank: pages' B", p, page[1], gain ? 1 : RANKS, page[3], room);
+  if (!gain) check_block("lowrank: pages' A", p, page[0], RANKS, K, s.room);
+  check_block("lowrank: pages' B", p, page[1], gain ? 1 : RANKS, page[3], s.room);
 }
 
 // The pages of a slot in one group, checked.
 const int32_t* checked_pages(const Segments& s, int64_t slot, int64_t group, int64_t K, int64_t N) {
-  const int64_t entry = slot * s.directory.size(1) + group;
-  const int32_t* range = data<int32_t>(s.directory) + entry * 2;
+  const int64_t entry = slot * s.groups + group;
+  const int32_t* range = s.directory + entry * 2;
   if (range[0] == range[1]) return range;  // no update here
-  check_range("lowrank: directory", entry, range[0], range[1], s.pages.size(0));
+  check_range("lowrank: directory", entry, range[0], range[1], s.page_count);
   for (int64_t p = range[0]; p < range[1]; p++) check_page(s, p, K, N);
   return range;
 }
 
-// Throws unless segment i names rows of y, a slot, pages and, where there are ids, tokens.
-void check_segment(const Segments& s, int64_t i, const int64_t* ids, int64_t K, const Tensor& y) {
-  const int32_t* rows = data<int32_t>(s.rows) + 2 * i;
+// The pages of segment i, which names rows of y, a slot, pages and, where there are ids, tokens.
+// Throws where it does not.
+const int32_t* checked_segment(
+    const Segments& s, int64_t i, const int64_t* ids, int64_t K, const Tensor& y) {
+  const int32_t* rows = s.rows + 2 * i;
   check_range("lowrank: segments.rows", i, rows[0], rows[1], y.size(0));
-  check_index("lowrank: segments.slot", i, data<int32_t>(s.slot)[i], s.directory.size(0));
-  const int32_t* range = checked_pages(s, data<int32_t>(s.slot)[i], s.group, K, y.size(1));
+  check_index("lowrank: segments.slot", i, s.slot[i], s.slots);
+  const int32_t* range = checked_pages(s, s.slot[i], s.group, K, y.size(1));
   if (ids && range[0] != range[1]) check_indices("lowrank: ids", ids, rows[0], rows[1], K);
+  return range;
 }
 
 // Page p of segment i over some rows.
 template <class T>
 LowRankItem<T> item_of(const Segments& s, int64_t i, int64_t p, int64_t row, int64_t rows) {
-  const T* arena = data<T>(s.arena);
-  const int64_t* page = data<int64_t>(s.pages) + p * 4;
-  return {PageKind(data<int32_t>(s.kind)[p]), arena + page[0], arena + page[1], row, rows, page[2],
-          page[3], data<float>(s.shift) + p * RANKS, data<float>(s.weight)[i] * data<float>(s.scale)[p],
-          nullptr};
+  const T* arena = static_cast<const T*>(s.arena);
+  const int64_t* page = s.pages + p * 4;
+  return {PageKind(s.kind[p]), arena + page[0], arena + page[1], row, rows, page[2], page[3],
+          s.shift + p * RANKS, s.weight[i] * s.scale[p], nullptr};
 }
 
 // Lists of one call, kept for the next: 120 calls a step would allocate them anew.
@@ -111,16 +123,13 @@ void list_items(
     std::vector<LowRankItem<T>>& items, const Segments& s, const Tensor& y, const int64_t* ids,
     int64_t K) {
   items.clear();
-  const int32_t* rows = data<int32_t>(s.rows);
-  for (int64_t i = 0; i < s.slot.numel(); i++) {
-    if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
-    check_segment(s, i, ids, K, y);
-    const int64_t entry = data<int32_t>(s.slot)[i] * s.directory.size(1) + s.group;
-    const int32_t* range = data<int32_t>(s.directory) + entry * 2;
-    for (int64_t row = rows[2 * i]; row < rows[2 * i + 1]; row += ROWS_PER_ITEM)
+  for (int64_t i = 0; i < s.count; i++) {
+    const int64_t begin = s.rows[2 * i], end = s.rows[2 * i + 1];
+    if (begin == end) continue;  // padding
+    const int32_t* range = checked_segment(s, i, ids, K, y);
+    for (int64_t row = begin; row < end; row += ROWS_PER_ITEM)
       for (int64_t p = range[0]; p < range[1]; p++)
-        items.push_back(
-            item_of<T>(s, i, p, row, std::min<int64_t>(ROWS_PER_ITEM, rows[2 * i + 1] - row)));
+        items.push_back(item_of<T>(s, i, p, row, std::min(ROWS_PER_ITEM, end - row)));
   }
 }
 
@@ -137,15 +146,14 @@ void list_expert_items(
     std::vector<LowRankItem<T>>& items, const Segments& s, const Tensor& y, const Routing& routing,
     int64_t K) {
   items.clear();
-  const int32_t* rows = data<int32_t>(s.rows);
-  for (int64_t i = 0; i < s.slot.numel(); i++) {
-    if (rows[2 * i] == rows[2 * i + 1]) continue;  // padding
-    check_range("lowrank: segments.rows", i, rows[2 * i], rows[2 * i + 1], y.size(0) / routing.choices);
-    const int64_t slot = data<int32_t>(s.slot)[i];
-    check_index("lowrank: segments.slot", i, slot, s.directory.size(0));
-    for (int64_t r = rows[2 * i] * routing.choices; r < rows[2 * i + 1] * routing.choices; r++) {
+  for (int64_t i = 0; i < s.count; i++) {
+    const int64_t begin = s.rows[2 * i], end = s.rows[2 * i + 1];
+    if (begin == end) continue;  // padding
+    check_range("lowrank: segments.rows", i, begin, end, y.size(0) / routing.choices);
+    check_index("lowrank: segments.slot", i, s.slot[i], s.slots);
+    for (int64_t r = begin * routing.choices; r < end * routing.choices; r++) {
       check_index("lowrank: expert", r, routing.expert[r], routing.experts);
-      const int32_t* range = checked_pages(s, slot, s.group + routing.expert[r], K, y.size(1));
+      const int32_t* range = checked_pages(s, s.slot[i], s.group + routing.expert[r], K, y.size(1));
       for (int64_t p = range[0]; p < range[1]; p++) items.push_back(item_of<T>(s, i, p, r, 1));
     }
   }
@@ -255,9 +263,8 @@ void run_lowrank(
 
 // False where there is no native version for these dtypes.
 bool try_lowrank(
-    const Segments& s, const Tensor& y, const Tensor* x, const Tensor* ids, int64_t K,
-    const Routing* routing = nullptr) {
-  check_tables(s);
+    const Segments& s, at::ScalarType stored, const Tensor& y, const Tensor* x, const Tensor* ids,
+    int64_t K, const Routing* routing = nullptr) {
   TORCH_CHECK_VALUE(
       y.dim() == 2 && y.stride(1) == 1, "lowrank: y must be [T, N] with contiguous rows");
   const int64_t given = x ? x->size(0) : ids->numel();
@@ -265,7 +272,7 @@ bool try_lowrank(
       (given == y.size(0) || (routing && given * routing->choices == y.size(0))) && K >= 0,
       "lowrank: y has ", y.size(0), " rows, ", x ? "x " : "ids ", given, "; they must be as many",
       routing ? ", or x one for each token" : "");
-  const auto type = y.scalar_type(), stored = s.arena.scalar_type();
+  const auto type = y.scalar_type();
   if (stored == at::kFloat && type == at::kFloat) run_lowrank<float, float>(s, y, x, ids, K, routing);
   else if (stored == at::kBFloat16 && type == at::kFloat)
     run_lowrank<bf16, float>(s, y, x, ids, K, routing);
@@ -286,8 +293,9 @@ void lowrank_(
   TORCH_CHECK_TYPE(
       x.scalar_type() == y.scalar_type(), "lowrank: x is ", x.scalar_type(), ", y is ",
       y.scalar_type(), "; they must be the same");
-  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
-  if (try_lowrank(s, y, &x, nullptr, x.size(1))) return;
+  const Segments s = checked_segments(
+      arena, directory, pages, scale, shift, kind, rows, slot, weight, group);
+  if (try_lowrank(s, arena.scalar_type(), y, &x, nullptr, x.size(1))) return;
   plain_version<decltype(lowrank_)>("quickchange::lowrank_")
       .call(
           y, x, arena, directory, pages, scale, shift, kind, rows, slot, weight, pieces, tiles,
@@ -300,9 +308,10 @@ void lowrank_embedding_(
     const Tensor& rows, const Tensor& slot, const Tensor& weight,
     const std::optional<Tensor>& pieces, const std::optional<Tensor>& tiles, int64_t tile_height,
     int64_t group, int64_t most_pages, bool aligned, int64_t vocabulary) {
-  check_type(ids, at::kLong, "ids");
-  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
-  if (try_lowrank(s, y, nullptr, &ids, vocabulary)) return;
+  checked_data<int64_t>(ids, at::kLong, "ids");
+  const Segments s = checked_segments(
+      arena, directory, pages, scale, shift, kind, rows, slot, weight, group);
+  if (try_lowrank(s, arena.scalar_type(), y, nullptr, &ids, vocabulary)) return;
   plain_version<decltype(lowrank_embedding_)>("quickchange::lowrank_embedding_")
       .call(
           y, ids, arena, directory, pages, scale, shift, kind, rows, slot, weight, pieces, tiles,
@@ -320,16 +329,17 @@ void lowrank_experts_(
   TORCH_CHECK_TYPE(
       x.scalar_type() == y.scalar_type(), "lowrank: x is ", x.scalar_type(), ", y is ",
       y.scalar_type(), "; they must be the same");
-  check_type(expert, at::kLong, "expert");
   TORCH_CHECK_VALUE(
       choices > 0 && expert.numel() == y.size(0) && y.size(0) % choices == 0, "lowrank: y has ",
       y.size(0), " rows, expert ", expert.numel(), " for ", choices, " choices a token");
-  const Segments s{arena, directory, pages, scale, shift, kind, rows, slot, weight, group};
+  const Segments s = checked_segments(
+      arena, directory, pages, scale, shift, kind, rows, slot, weight, group);
   TORCH_CHECK_INDEX(
       experts > 0 && group + experts <= directory.size(1), "lowrank: group ", group, " and ",
       experts, " experts are not in the directory's ", directory.size(1));
-  const Routing routing{data<int64_t>(expert), experts, choices};
-  if (try_lowrank(s, y, &x, nullptr, x.size(1), &routing)) return;
+  const Routing routing{
+      checked_data<int64_t>(expert, at::kLong, "expert"), experts, choices};
+  if (try_lowrank(s, arena.scalar_type(), y, &x, nullptr, x.size(1), &routing)) return;
   plain_version<decltype(lowrank_experts_)>("quickchange::lowrank_experts_")
       .call(
           y, x, expert, choices, experts, arena, directory, pages, scale, shift, kind, rows, slot,

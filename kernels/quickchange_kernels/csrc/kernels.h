@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 namespace quickchange {
@@ -119,6 +120,8 @@ constexpr int64_t KEYS_PER_SPLIT = 256;      // contexts are cut at its multiple
 constexpr int64_t MAX_ATTENTION_ROWS = 64;   // queries · group, of one item
 constexpr int64_t MAX_ATTENTION_HEADS = 8;   // key heads of one item
 constexpr int64_t MAX_PRODUCT_DIM = 256;     // head sizes in `attend_chunk`
+constexpr int64_t MAX_CHUNK_ROWS = 192;      // queries · group of one of its items: keys are transposed once
+constexpr int64_t CHUNK_BLOCK = 24;          // of its rows, whose scores are made and used together
 
 template <class T>
 struct AttentionArgs {

@@ -33,8 +33,8 @@ inline void fetch_heads(const T* page, int64_t width) {
 }
 
 // dot_block for pages that are read once: up to eight rows at a time, as they lie in memory, and no
-// fetching but of the next rows' heads (46 GB/s on two cores, as adding up the same bytes; 35 with
-// four rows at a time and the next four fetched). w has RANKS pointers more.
+// fetching but of the next rows' heads (46 GB/s on two cores, more than adding up the same bytes; 33
+// with four rows at a time and the next four fetched). w has RANKS pointers more.
 template <int M, class T, class X>
 inline vec dot_stream(const T* const* w, const X* const* x, int64_t K) {
   constexpr int N = rows_with<M>(), PASS = std::min(N, W == 16 ? 8 : 4);

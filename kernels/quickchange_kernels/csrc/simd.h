@@ -70,7 +70,16 @@ inline vec choose(bits32 mask, vec yes, vec no) {
   return reinterpret_cast<vec>(kept | (reinterpret_cast<bits32>(no) & ~mask));
 }
 
-inline vec highest_of(vec a, vec b) { return choose(reinterpret_cast<bits32>(a > b), a, b); }
+// b where either is NaN.
+inline vec highest_of(vec a, vec b) {
+#if QC_WIDTH == 16
+  return reinterpret_cast<vec>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif QC_WIDTH == 8
+  return reinterpret_cast<vec>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return choose(reinterpret_cast<bits32>(a > b), a, b);
+#endif
+}
 
 // eˣ for x ≤ 0, exactly 0 below -87: Cody and Waite's reduction, a polynomial of degree 7.
 inline vec exp_negative(vec x) {
@@ -89,10 +98,41 @@ inline vec exp_negative(vec x) {
   return reinterpret_cast<vec>(reinterpret_cast<bits32>(value) & kept);
 }
 
+// One value of all lanes: halves are joined until one lane is left.
+#if QC_WIDTH == 16
+#define QC_JOIN_LANES(v, join)                                                                    \
+  v = join(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7)); \
+  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11)); \
+  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13)); \
+  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+#elif QC_WIDTH == 8
+#define QC_JOIN_LANES(v, join)                                             \
+  v = join(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));       \
+  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));       \
+  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6));
+#else
+#define QC_JOIN_LANES(v, join)                         \
+  v = join(v, __builtin_shufflevector(v, v, 2, 3, 0, 1)); \
+  v = join(v, __builtin_shufflevector(v, v, 1, 0, 3, 2));
+#endif
+
+inline vec total_of(vec a, vec b) { return a + b; }
+
+inline float highest_lane(vec v) {
+  QC_JOIN_LANES(v, highest_of)
+  return v[0];
+}
+
+inline float sum_of_lanes(vec v) {
+  QC_JOIN_LANES(v, total_of)
+  return v[0];
+}
+#undef QC_JOIN_LANES
+
 // Sums the W lanes of each of W vectors: lane i of the result is the sum of v[i]. log2(W) rounds;
 // each round adds the halves of every vector and packs two vectors in one. Clobbers v.
 #if QC_WIDTH == 16
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 8; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            __builtin_shufflevector(v[i], v[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
@@ -106,7 +146,7 @@ inline vec sum_lanes(vec* v) {
          __builtin_shufflevector(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 #elif QC_WIDTH == 8
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 4; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
            __builtin_shufflevector(v[i], v[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
@@ -117,7 +157,7 @@ inline vec sum_lanes(vec* v) {
          __builtin_shufflevector(v[0], v[1], 1, 9, 3, 11, 5, 13, 7, 15);
 }
 #else
-inline vec sum_lanes(vec* v) {
+[[gnu::always_inline]] inline vec sum_lanes(vec* v) {
   for (int i = 0; i < 2; i++)
     v[i] = __builtin_shufflevector(v[i], v[i + 2], 0, 1, 4, 5) +
            __builtin_shufflevector(v[i], v[i + 2], 2, 3, 6, 7);
