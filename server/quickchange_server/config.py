@@ -122,9 +122,10 @@ class Settings(BaseSettings):
     tensor_parallel: int = Field(
         1, ge=1, description="processes that hold the base together, each with a GPU of its own"
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Literal["none", "int8", "int8-exact", "int4"] = Field(
         "none",
-        description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
+        description="how the base's linears are kept, on a CPU: int8 and int4 take 8.5 and 5 bits "
+        "a weight and quantise activations too; int8-exact takes these as they are, and is slower",
     )
     deterministic: bool = Field(
         False,

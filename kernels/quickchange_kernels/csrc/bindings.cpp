@@ -9,6 +9,7 @@
 #include "bind_kv_write.h"
 #include "bind_linear.h"
 #include "bind_lowrank.h"
+#include "bind_quantized.h"
 #include "bind_rows.h"
 #include "bind_sample.h"
 #include "bind_token_mask.h"
@@ -35,6 +36,7 @@ void use_instruction_set(const std::string& name) {
 TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_int8", linear_int8);
+  m.impl("linear_quantized", linear_quantized);
   m.impl("linear_experts", linear_experts);
   m.impl("lowrank_", lowrank_);
   m.impl("lowrank_embedding_", lowrank_embedding_);

@@ -16,8 +16,8 @@ from quickchange_kernels.linear.linear_float import linear, linear_fixed
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
-from quickchange_server.model.int8_linear import has_hooks, is_plain
 from quickchange_server.model.parallel.sharding import Joint
+from quickchange_server.model.quantized_linear import has_hooks, is_plain
 from quickchange_server.model.rows_read import Rows
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module

@@ -40,12 +40,6 @@ from quickchange_server.model.architectures.recurrent_layers import RecurrentLay
 from quickchange_server.model.architectures.routers import wrap_routers
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
-from quickchange_server.model.int8_linear import (
-    FLOATS,
-    Quantization,
-    check_quantization,
-    int8_linear,
-)
 from quickchange_server.model.loading.layer_kinds import (
     keeps_states,
     refuse_headless,
@@ -72,6 +66,12 @@ from quickchange_server.model.paged_attention import LayerShape, PagedAttention,
 from quickchange_server.model.parallel.ranks import Ranks
 from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
 from quickchange_server.model.parallel.sharding_plan import whole_ends
+from quickchange_server.model.quantized_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    quantized_linear,
+)
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.virtual_rows import take_vectors
 from quickchange_server.model.wrapping import Wrapper
@@ -276,8 +276,8 @@ def _prepared(
 
     def base(module: nn.Module) -> nn.Module:
         return (
-            int8_linear(module)
-            if quantization == "int8" and module not in read
+            quantized_linear(module, quantization)
+            if quantization != "none" and module not in read
             else base_linear(module, deterministic=deterministic)
         )
 
