@@ -275,11 +275,11 @@ def _prepared(
     read = {module for path, module in model.named_modules() if path not in called}
 
     def base(module: nn.Module) -> nn.Module:
-        return (
-            quantized_linear(module, quantization)
-            if quantization != "none" and module not in read
-            else base_linear(module, deterministic=deterministic)
-        )
+        if quantization == "none" or module in read:
+            return base_linear(module, deterministic=deterministic)
+        head = module is model.get_output_embeddings()  # type: ignore[operator]
+        # The head's rounding reaches the logits as it is: int4 keeps it as int8.
+        return quantized_linear(module, "int8" if head and quantization == "int4" else quantization)
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
     if extra_vocabulary:  # behind the proof, which is of the base's own tokens
