@@ -14,7 +14,7 @@ from quickchange_kernels.linear.linear_quantized import (
     linear_quantized,
     pack_int4,
     pack_int8,
-    plain_linear_quantized,
+    plain_packed,
     quantize_activations,
     quantize_int4,
     reference_linear_quantized,
@@ -33,12 +33,7 @@ def pack(request: pytest.FixtureRequest) -> Pack:
 
 @pytest.fixture
 def run(version: str) -> Linear:
-    return plain if version == "plain" else linear_quantized
-
-
-def plain(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
-    parts = (packed.weight, packed.scale, packed.minimum)
-    return plain_linear_quantized(x, *parts, bias, packed.columns)
+    return plain_packed if version == "plain" else linear_quantized
 
 
 def error(out: Tensor, reference: Tensor) -> float:
@@ -181,7 +176,7 @@ def test_a_row_with_what_is_no_number_is_nan_and_others_are_as_without_it(
 def test_float16_goes_to_the_plain_version(pack: Pack, generator: torch.Generator) -> None:
     x = torch.randn(3, 20, generator=generator).half()
     packed = pack(torch.randn(5, 20, generator=generator))
-    assert torch.equal(linear_quantized(x, packed), plain(x, packed))
+    assert torch.equal(linear_quantized(x, packed), plain_packed(x, packed))
 
 
 @pytest.mark.usefixtures("native_version")
@@ -201,12 +196,11 @@ def test_int4_weights_are_nearer_than_by_the_ends_of_their_range(
     groups = weight.view(40, 3, 32)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     by_ends = ((groups - low) / (high - low) * 15).round() * (high - low) / 15 + low
-    importance = groups.square().mean(-1, keepdim=True).sqrt() + groups.abs()
     whole, scale, minimum = quantize_int4(weight)
     found = whole * scale.unsqueeze(-1).float() + minimum.unsqueeze(-1).float()
 
     def cost(held: Tensor) -> float:
-        return float((importance * (held - groups).square()).sum())
+        return float((held - groups).square().sum())
 
     assert cost(found) < 0.95 * cost(by_ends)
 

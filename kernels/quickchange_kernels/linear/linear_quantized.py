@@ -51,6 +51,11 @@ class PackedWeight:
     minimum: Tensor | None
     columns: int
 
+    @property
+    def nbytes(self) -> int:
+        least = 0 if self.minimum is None else self.minimum.nbytes
+        return self.weight.nbytes + self.scale.nbytes + least
+
 
 def pack_int8(weight: Tensor) -> PackedWeight:
     """`weight` [N, K] as int8 with a scale per row and group of 32.
@@ -79,21 +84,21 @@ def pack_int4(weight: Tensor) -> PackedWeight:
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [N, K] quantised: (uint8 [N, G, 32] up to 15, scale and minimum bfloat16 [N, G]).
 
-    Of several step widths, each with the scale and minimum that fit its whole numbers best, a group
-    takes the one with the least error. Larger weights count for more, as llama.cpp has them.
+    A group tries several step widths, each with the scale and minimum that fit its whole numbers
+    best, and takes the one with the least square error. Counting larger weights for more, as
+    llama.cpp does, was worse here: KL 0.27 for 0.22.
     """
     if not weight.is_meta and not bool(torch.isfinite(weight).all()):
         raise ValueError("a weight that is infinite or no number can't be kept as int4")
     values = _groups(weight)
-    importance = values.square().mean(-1, keepdim=True).sqrt() + values.abs()
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     span = (high - low).clamp_min(_LEAST)
     best_scale, best_minimum = span / 15, low
     best = torch.full_like(low, torch.inf)
     for widened in _WIDTHS:
         whole = ((values - low) * ((15 + widened) / span)).round_().clamp_(0, 15)
-        scale, minimum = _fitted(whole, values, importance)
-        error = (values - whole * scale - minimum).square_().mul_(importance).sum(-1, keepdim=True)
+        scale, minimum = _fitted(whole, values)
+        error = (values - whole * scale - minimum).square_().sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         best_scale = torch.where(better, scale, best_scale)
@@ -104,16 +109,13 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return whole, scale.squeeze(-1), minimum.squeeze(-1)
 
 
-def _fitted(whole: Tensor, values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _fitted(whole: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """The scale and minimum [N, G, 1] with which `whole` is nearest to `values`."""
-    total = importance.sum(-1, keepdim=True)
-    weighted = importance * whole
-    x, xx = weighted.sum(-1, keepdim=True), (weighted * whole).sum(-1, keepdim=True)
-    y, xy = (importance * values).sum(-1, keepdim=True), (weighted * values).sum(-1, keepdim=True)
-    spread = total * xx - x * x
-    scale = torch.where(spread > 0, (total * xy - x * y) / spread, 0.0).nan_to_num(0.0)
-    minimum = torch.where(total > 0, (y - scale * x) / total, 0.0).nan_to_num(0.0)
-    return scale, minimum
+    middle, mean = whole.mean(-1, keepdim=True), values.mean(-1, keepdim=True)
+    apart = whole - middle
+    spread = apart.square().sum(-1, keepdim=True)
+    scale = (apart * values).sum(-1, keepdim=True) / spread.clamp_min(_LEAST)
+    return scale, mean - scale * middle
 
 
 def _groups(values: Tensor) -> Tensor:
@@ -186,6 +188,12 @@ def plain_linear_quantized(
         None if bias is None else bias.float(),
     )
     return wide.to(x.dtype)
+
+
+def plain_packed(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`plain_linear_quantized` over a packed weight."""
+    parts = (packed.weight, packed.scale, packed.minimum)
+    return plain_linear_quantized(x, *parts, bias, packed.columns)
 
 
 def _fake(
