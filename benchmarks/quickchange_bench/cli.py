@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast, get_args
 
 import httpx
 import typer
@@ -591,19 +591,20 @@ def perplexity(
     model: Annotated[Path, typer.Option(help="Base model: a folder in transformers' layout.")],
     dtype: Annotated[str, typer.Option(help="One or more, with commas.")] = "float32,bfloat16",
     quantization: Annotated[
-        str, typer.Option(help="none or int8; one or more, with commas.")
-    ] = "none,int8",
+        str, typer.Option(help="none, int8, int8-exact or int4; one or more, with commas.")
+    ] = "none,int8,int8-exact,int4",
     window: Annotated[int, typer.Option(min=2, help="Tokens of one window.")] = 512,
     windows: Annotated[int, typer.Option(min=1, help="How many.")] = 8,
 ) -> None:
     """What dtypes and quantisations of the base lose on a fixed text."""
     from quickchange_bench.engine.perplexity import BaseVariant, loss_table, measure_perplexity
+    from quickchange_server.model.quantized_linear import Quantization  # needs torch
 
-    kept = ("none", "int8")
+    kept: tuple[Quantization, ...] = get_args(Quantization)
     variants = [
         BaseVariant(
             _choice("--dtype", name, tuple(own_server.VALUE_BYTES)),
-            "int8" if _choice("--quantization", how, kept) == "int8" else "none",
+            cast("Quantization", _choice("--quantization", how, kept)),
         )
         for how in quantization.split(",")
         for name in dtype.split(",")

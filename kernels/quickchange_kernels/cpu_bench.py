@@ -24,6 +24,13 @@ from quickchange_kernels.attention.paged_attention_plain import plain_paged_atte
 from quickchange_kernels.linear.linear_float import linear, plain_linear
 from quickchange_kernels.linear.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
 from quickchange_kernels.linear.linear_panels import linear_panels, pack_panels
+from quickchange_kernels.linear.linear_quantized import (
+    PackedWeight,
+    linear_quantized,
+    pack_int4,
+    pack_int8,
+    plain_packed,
+)
 from quickchange_kernels.lowrank.lowrank_contract import lowrank_, operands
 from quickchange_kernels.lowrank.lowrank_plain import plain_lowrank_
 from quickchange_kernels.random_inputs import make_segments, random_keys, random_tables
@@ -152,6 +159,31 @@ def int8_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Ite
         )
 
 
+def quantized_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
+    """All linears kept as int8 or int4 in panels, x quantised on the way."""
+    for name, pack in (("int8 panels", pack_int8), ("int4 panels", pack_int4)):
+        shapes = linear_shapes(head=head)
+        weights = [(shape[1], pack(torch.randn(shape))) for shape in shapes]
+        size = sum(packed.nbytes for _, packed in weights)
+        for count in rows:
+            inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
+
+            def run(
+                version: Callable[[Tensor, PackedWeight], Tensor],
+                inputs: dict[int, Tensor] = inputs,
+                weights: list[tuple[int, PackedWeight]] = weights,
+            ) -> None:
+                for k, packed in weights:
+                    version(inputs[k], packed)
+
+            yield CpuCase(
+                f"linear {name} {_name(dtype)}, {count} rows{'' if head else ', no LM head'}",
+                size,
+                lambda run=run: run(linear_quantized),  # type: ignore[misc]
+                lambda run=run: run(plain_packed),  # type: ignore[misc]
+            )
+
+
 def lowrank_cases(dtype: torch.dtype, rows: int, rank: int) -> Iterator[CpuCase]:
     """Every row its own adapter on all seven projections, then no adapter at all."""
     generator = torch.Generator().manual_seed(0)
@@ -206,7 +238,7 @@ def _name(dtype: torch.dtype) -> str:
 def cases(dtype: torch.dtype) -> Iterator[CpuCase]:
     """Every line of the table; one case's tensors are freed before the next is made."""
     few, many = [1, 2, 4, 8, 16, 32, 64], [64, 128, 256, 512, 1024]
-    for linears in (linear_cases, onednn_cases, int8_cases):
+    for linears in (linear_cases, onednn_cases, int8_cases, quantized_cases):
         yield from linears(dtype, few)
         yield from linears(dtype, many, head=False)
     yield from lowrank_cases(dtype, 16, 16)

@@ -122,9 +122,11 @@ class Settings(BaseSettings):
     tensor_parallel: int = Field(
         1, ge=1, description="processes that hold the base together, each with a GPU of its own"
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: Literal["none", "int8", "int8-exact", "int4"] = Field(
         "none",
-        description="how the base's linears are kept: int8 takes 8.5 bits a weight, on a CPU",
+        description="how the base's linears are kept, on a CPU: int8 and int4 take 8.5 and 5 bits "
+        "a weight (int4 8.5 in the LM head) and quantise activations too; int8-exact takes these "
+        "as they are, and is slower",
     )
     deterministic: bool = Field(
         False,
@@ -186,10 +188,11 @@ class Settings(BaseSettings):
         description="on CUDA, captured graphs serve adapters up to this rank; steps with a wider "
         "one run without, which is slower",
     )
-    adapter_dtype: Literal["model", "float32", "bfloat16", "float16"] = Field(
-        "model",
-        description="how adapters' weights are held: as the base's, or narrower, which halves "
-        "their memory and what a step reads, at the cost of their rounding",
+    adapter_dtype: Literal["auto", "model", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="how adapters' weights are held: model: as the base's floats; or narrower, "
+        "which halves their memory and what a step reads, at the cost of their rounding; auto: "
+        "bfloat16 where quantization keeps the base narrow, else as model",
     )
     extra_vocabulary: int = Field(
         0,

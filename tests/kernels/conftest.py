@@ -14,7 +14,7 @@ from quickchange_kernels import native
 
 # ‖out - reference‖ / ‖reference‖, the reference in float64
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-INSTRUCTION_SETS = ["avx512_bf16", "avx512", "avx2", "baseline"]
+INSTRUCTION_SETS = ["avx512_bf16", "avx512_vnni", "avx512", "avx2", "baseline"]
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_the_check_can_be_left_out() -> None:
     prepare(made(CountsRows), adapters=True, model_check=False)
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int8-exact", "int4"])
 def test_rounded_weights_are_proved_too(quantization: str) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128}
     prepare(made(Plain, **sizes), adapters=False, quantization=quantization)  # type: ignore[arg-type]

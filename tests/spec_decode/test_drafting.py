@@ -16,8 +16,8 @@ from turbo_adapters import drafts_by_formula, make_turbo, turbo_adapter
 from quickchange_kernels.linear.linear_int8 import dequantize_int8, quantize_int8
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
+from quickchange_server.model.quantized_linear import Quantization
 from quickchange_server.spec_decode.draft_heads import DraftItem, Drafts, HeadDrafter
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import TurboHeads

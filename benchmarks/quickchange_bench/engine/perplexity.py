@@ -22,9 +22,9 @@ from quickchange_server.model.forward_context import (
     ForwardContext,
     StatePart,
 )
-from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.loading.model_dtype import torch_dtype
 from quickchange_server.model.loading.model_loader import LoadedModel, forward, load_model
+from quickchange_server.model.quantized_linear import Quantization
 
 TEXT = Path(__file__).parent / "texts" / "prose.txt"
 _BLOCK = 16  # tokens of one KV block

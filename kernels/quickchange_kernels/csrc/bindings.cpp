@@ -10,6 +10,7 @@
 #include "bind_linear.h"
 #include "bind_lowrank.h"
 #include "bind_machine.h"
+#include "bind_quantized.h"
 #include "bind_rows.h"
 #include "bind_sample.h"
 #include "bind_token_mask.h"
@@ -38,6 +39,7 @@ TORCH_LIBRARY_IMPL(quickchange, CPU, m) {
   m.impl("linear", linear);
   m.impl("linear_panels", linear_panels);
   m.impl("linear_int8", linear_int8);
+  m.impl("linear_quantized", linear_quantized);
   m.impl("linear_experts", linear_experts);
   m.impl("lowrank_", lowrank_);
   m.impl("lowrank_embedding_", lowrank_embedding_);

@@ -82,6 +82,30 @@ struct Int8Args {
   void* room;     // the calling thread's scratch: 16 K floats, 64-byte aligned
 };
 
+constexpr int64_t QUANTIZED_GROUP = 32;   // values of a row that share a scale
+constexpr int64_t PANEL_COLUMNS = 16;     // output columns whose weights lie together
+constexpr int64_t ACTIVATION_ROWS = 16;   // rows of x that lie together once quantised
+constexpr float LEAST_ACTIVATION = 0x1p-100f;  // a group whose largest is less is zero
+
+template <class X>
+struct ActivationArgs {
+  const X* x;  // [rows, K]
+  int64_t ldx, rows, K, groups;
+  void* out;  // [ceil(rows / ACTIVATION_ROWS), groups] of the instruction set's own form
+};
+
+template <class Y>
+struct QuantizedArgs {
+  const void* x;  // as ActivationArgs' out
+  int64_t rows;
+  const uint8_t* w;     // [panels, groups, 8, PANEL_COLUMNS, 4], or 4 for 8 where there are minima
+  const bf16* scale;    // [panels, groups, PANEL_COLUMNS]
+  const bf16* minimum;  // the same, or null: int8
+  int64_t N, groups;
+  const Y* bias;  // [N] or null
+  Y* y;           // [rows, N]
+};
+
 constexpr int64_t RANKS = 8;  // ranks of a page
 
 // As in lowrank_tables.py.
@@ -253,6 +277,13 @@ class Kernels {
   virtual void linear_int8(const Int8Args<float, float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear_int8(const Int8Args<bf16, float>&, int64_t begin, int64_t end) const = 0;
   virtual void linear_int8(const Int8Args<bf16, bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual int64_t activation_group_bytes() const = 0;  // of ACTIVATION_ROWS rows of a group
+  virtual void quantize_activations(
+      const ActivationArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void quantize_activations(
+      const ActivationArgs<bf16>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_quantized(const QuantizedArgs<float>&, int64_t begin, int64_t end) const = 0;
+  virtual void linear_quantized(const QuantizedArgs<bf16>&, int64_t begin, int64_t end) const = 0;
   virtual bool multiplies_bf16() const = 0;  // bf16 operands are twice as fast as float32
   virtual void down(const LowRankArgs<float, float>&, int64_t begin, int64_t end) const = 0;
   virtual void down(const LowRankArgs<bf16, float>&, int64_t begin, int64_t end) const = 0;
@@ -285,6 +316,7 @@ class Kernels {
 };
 
 const Kernels& avx512_bf16_kernels();
+const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_kernels();
 const Kernels& avx2_kernels();
 const Kernels& baseline_kernels();

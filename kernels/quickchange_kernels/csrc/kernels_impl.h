@@ -8,6 +8,7 @@ namespace QC_ISA {
 #include "linear_impl.h"
 #include "linear_panels_impl.h"
 #include "linear_int8_impl.h"
+#include "quantized_impl.h"
 #include "lowrank_impl.h"
 #include "attention_impl.h"
 #include "attention_chunk_impl.h"
@@ -44,6 +45,22 @@ class Versions final : public Kernels {
   }
   void linear_int8(const Int8Args<bf16, bf16>& a, int64_t begin, int64_t end) const override {
     QC_ISA::linear_int8(a, begin, end);
+  }
+  int64_t activation_group_bytes() const override { return sizeof(ActivationGroup); }
+  void quantize_activations(
+      const ActivationArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::quantize_activations(a, begin, end);
+  }
+  void quantize_activations(
+      const ActivationArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::quantize_activations(a, begin, end);
+  }
+  void linear_quantized(
+      const QuantizedArgs<float>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear_quantized(a, begin, end);
+  }
+  void linear_quantized(const QuantizedArgs<bf16>& a, int64_t begin, int64_t end) const override {
+    QC_ISA::linear_quantized(a, begin, end);
   }
   bool multiplies_bf16() const override {
 #ifdef QC_BF16_DOT

@@ -7,19 +7,6 @@ enum Filter { TOP_K, TOP_P, MIN_P, TYPICAL_P };  // in the order of sample_contr
 constexpr int64_t BLOCK = SAMPLE_BLOCK;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr int LIMB = MASS_BITS / 2;
-typedef int32_t ints __attribute__((vector_size(QC_WIDTH * 4)));
-
-// Keeps the compiler from fusing a product with the sum that follows it.
-inline vec rounded(vec v) {
-#if defined(__x86_64__)
-  asm("" : "+v"(v));
-#elif defined(__aarch64__)
-  asm("" : "+w"(v));
-#else
-  asm("" : "+m"(v));
-#endif
-  return v;
-}
 
 // Masses of one block: hi · 2²¹ + lo, in halves so that sums of a block stay within 32 bits.
 struct BlockMasses {

@@ -5,6 +5,7 @@
 
 typedef float vec __attribute__((vector_size(QC_WIDTH * 4)));
 typedef float vec_unaligned __attribute__((vector_size(QC_WIDTH * 4), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(QC_WIDTH * 4)));
 typedef uint32_t bits32 __attribute__((vector_size(QC_WIDTH * 4)));
 typedef uint16_t bits16 __attribute__((vector_size(QC_WIDTH * 2)));
 typedef uint16_t bits16_unaligned __attribute__((vector_size(QC_WIDTH * 2), aligned(2), may_alias));
@@ -64,6 +65,18 @@ inline void store_first(T* p, vec v, int64_t n) {
 }
 
 inline vec splat(float value) { return value - vec{}; }
+
+// Keeps the compiler from fusing a product with the sum that follows it.
+inline vec rounded(vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
 
 inline vec choose(bits32 mask, vec yes, vec no) {
   const bits32 kept = reinterpret_cast<bits32>(yes) & mask;

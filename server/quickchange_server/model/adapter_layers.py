@@ -24,8 +24,8 @@ from quickchange_kernels.linear.linear_panels import (
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.model.forward_context import AdapterBatch, StepHolder
-from quickchange_server.model.int8_linear import has_hooks, is_plain, shape_only
 from quickchange_server.model.parallel.sharding import Joint
+from quickchange_server.model.quantized_linear import has_hooks, is_plain, shape_only
 from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.weight_reading import release
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from quickchange_server.errors import UnsupportedModelError
-from quickchange_server.model.int8_linear import linear_shape
+from quickchange_server.model.quantized_linear import linear_shape
 from quickchange_store.base_model.expert_parts import routed
 
 Rows = Literal["tokens", "samples", "head"]  # all; those asked for; those that the LM head reads

@@ -20,9 +20,9 @@ from quickchange_server.model.adapter_layers import (
     base_linear,
 )
 from quickchange_server.model.forward_context import StepHolder
-from quickchange_server.model.int8_linear import is_plain, linear_shape
 from quickchange_server.model.output_side import OutputSide
 from quickchange_server.model.parallel.sharding import UNCUT, JointLinear, Sharding
+from quickchange_server.model.quantized_linear import is_plain, linear_shape
 from quickchange_server.model.rows_read import Rows
 from quickchange_store.base_model.sublayers import sublayers
 from quickchange_store.base_model.weight_reading import release

@@ -103,9 +103,10 @@ def test_an_outline_has_the_states_of_recurrent_layers(kind: str, tmp_path: Path
     check_same(of(path).model, loaded(path))
 
 
-def test_an_outline_in_int8_has_its_bytes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kept", ["int8", "int8-exact", "int4"])
+def test_an_outline_of_a_narrow_base_has_its_bytes(kept: str, tmp_path: Path) -> None:
     path = save_model("llama-tied", tmp_path)
-    check_same(of(path, quantization="int8").model, loaded(path, quantization="int8"))
+    check_same(of(path, quantization=kept).model, loaded(path, quantization=kept))
 
 
 def test_a_gguf_base_is_outlined_as_the_floats_that_it_becomes(tmp_path: Path) -> None:

@@ -38,7 +38,10 @@ Pages = Mapping[int, int]  # page size in elements -> pages
 def held_dtype(model: LoadedModel, settings: Settings) -> torch.dtype:
     """What adapters are held in."""
     asked = settings.adapter_dtype
-    return model.dtype if asked == "model" else torch_dtype(asked)
+    if asked not in ("auto", "model"):
+        return torch_dtype(asked)
+    narrow = asked == "auto" and settings.quantization != "none" and model.dtype == torch.float32
+    return torch.bfloat16 if narrow else model.dtype
 
 
 def tensor_bytes(module: nn.Module) -> int:

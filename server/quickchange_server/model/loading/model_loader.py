@@ -40,12 +40,6 @@ from quickchange_server.model.architectures.recurrent_layers import RecurrentLay
 from quickchange_server.model.architectures.routers import wrap_routers
 from quickchange_server.model.forward_context import StepHolder
 from quickchange_server.model.fusion import Fusion, MixingProbe
-from quickchange_server.model.int8_linear import (
-    FLOATS,
-    Quantization,
-    check_quantization,
-    int8_linear,
-)
 from quickchange_server.model.loading.layer_kinds import (
     keeps_states,
     refuse_headless,
@@ -72,6 +66,12 @@ from quickchange_server.model.paged_attention import LayerShape, PagedAttention,
 from quickchange_server.model.parallel.ranks import Ranks
 from quickchange_server.model.parallel.sharding import UNCUT, localised, made_whole
 from quickchange_server.model.parallel.sharding_plan import whole_ends
+from quickchange_server.model.quantized_linear import (
+    FLOATS,
+    Quantization,
+    check_quantization,
+    quantized_linear,
+)
 from quickchange_server.model.rows_read import Rows, rows_read
 from quickchange_server.model.virtual_rows import take_vectors
 from quickchange_server.model.wrapping import Wrapper
@@ -276,10 +276,12 @@ def _prepared(
     kept = read | sharing_weights(model) | {model.get_output_embeddings()}  # type: ignore[operator]
 
     def base(module: nn.Module) -> nn.Module:
-        if quantization == "int8" and module not in read:
-            return int8_linear(module)
-        # Drafts over some tokens, and a tied embedding, read rows of the head.
-        return base_linear(module, deterministic=deterministic, rows_read=module in kept)
+        if quantization == "none" or module in read:
+            # Drafts over some tokens, and a tied embedding, read rows of the head.
+            return base_linear(module, deterministic=deterministic, rows_read=module in kept)
+        head = module is model.get_output_embeddings()  # type: ignore[operator]
+        # The head's rounding reaches the logits as it is: int4 keeps it as int8.
+        return quantized_linear(module, "int8" if head and quantization == "int4" else quantization)
 
     sharding = UNCUT if ranks is None else localised(model, ranks)
     if extra_vocabulary:  # behind the proof, which is of the base's own tokens

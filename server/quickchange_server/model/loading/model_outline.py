@@ -13,7 +13,6 @@ import torch
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
 from quickchange_server.model.architectures.attention_shims import admit_attention_classes
-from quickchange_server.model.int8_linear import Quantization
 from quickchange_server.model.loading.layer_kinds import refuse_other_state
 from quickchange_server.model.loading.model_dtype import (
     AUTO,
@@ -22,6 +21,7 @@ from quickchange_server.model.loading.model_dtype import (
     torch_dtype,
 )
 from quickchange_server.model.loading.model_loader import LoadedModel, prepare
+from quickchange_server.model.quantized_linear import Quantization
 from quickchange_store.base_model.base_source import BaseSource, language_model
 from quickchange_store.base_model.base_weights import quantization_method
 from quickchange_store.base_model.weight_reading import checkpoint_bytes

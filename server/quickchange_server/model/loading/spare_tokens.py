@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from quickchange_kernels.lowrank.lowrank_contract import Segments
 from quickchange_server.errors import UnsupportedModelError
-from quickchange_server.model.int8_linear import FLOATS, is_plain
+from quickchange_server.model.quantized_linear import FLOATS, is_plain
 from quickchange_store.base_model.weight_reading import release
 
 SETTING = "extra_vocabulary"

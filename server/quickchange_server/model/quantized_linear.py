@@ -1,9 +1,9 @@
-"""Linears of the base model: which are plain floats, and int8 ones that are made of these at load.
+"""Linears of the base model: which are plain floats, and narrower ones made of these at load.
 
 A checkpoint that is stored quantised brings linears of its library's own: packed weights, weights
 of a subclass of tensors, another `forward`, hooks. They are called as they are. Knows nothing of
-adapters: a wrapped linear calls an int8 one in place of the float one. Where the LM head shares its
-weights with the embedding, the head gets int8 rows of its own and the embedding keeps its numbers.
+adapters: a wrapped linear calls a narrow one in place of the float one. Where the LM head shares
+its weights with the embedding, it gets narrow rows of its own and the embedding keeps its numbers.
 """
 
 from __future__ import annotations
@@ -14,14 +14,23 @@ import torch
 from torch import nn
 
 from quickchange_kernels.linear.linear_int8 import linear_int8, quantize_int8
+from quickchange_kernels.linear.linear_quantized import (
+    PackedWeight,
+    linear_quantized,
+    pack_int4,
+    pack_int8,
+)
 from quickchange_store.base_model.weight_reading import release
 
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int8-exact", "int4"]
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # of plain weights
 
 
 class Int8Linear(nn.Module):
-    """y = x Wᵀ + b, W int8 with one scale per row and group of 32.   x [..., K], y [..., N]."""
+    """y = x Wᵀ + b, W int8 with one scale per row and group of 32, x as it is.
+
+    x [..., K], y [..., N].
+    """
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -35,6 +44,23 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear_int8(x, *self._operands)
+
+
+class QuantizedLinear(nn.Module):
+    """y = x Wᵀ + b, W int8 or int4 in panels, x quantised on the way.   x [..., K], y [..., N]."""
+
+    def __init__(self, base: nn.Linear, packed: PackedWeight) -> None:
+        super().__init__()
+        self.register_buffer("quantized", packed.weight)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("minimum", packed.minimum)
+        self.bias = base.bias
+        self.weight = _shape_only(base.weight)
+        self._operands = (packed, base.bias)
+        release(base.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear_quantized(x, *self._operands)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -59,18 +85,24 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def int8_linear(module: nn.Module) -> nn.Module:
-    """A plain linear as int8; those that compute something else stay as they are."""
-    return Int8Linear(module) if is_plain(module) else module  # type: ignore[arg-type]
+def quantized_linear(module: nn.Module, quantization: Quantization) -> nn.Module:
+    """A plain linear as `quantization` keeps it; what computes something else stays as it is."""
+    if quantization == "none" or not is_plain(module):
+        return module
+    assert isinstance(module, nn.Linear)
+    if quantization == "int8-exact":
+        return Int8Linear(module)
+    pack = pack_int4 if quantization == "int4" else pack_int8
+    return QuantizedLinear(module, pack(module.weight.detach()))
 
 
 def check_quantization(quantization: Quantization, device: torch.device) -> None:
     """Raises ValueError if the device can't serve a base with this quantization."""
-    if quantization == "int8" and device.type != "cpu":
+    if quantization != "none" and device.type != "cpu":
         raise ValueError(
-            "--quantization int8 (or QUICKCHANGE_QUANTIZATION) serves on --device cpu only; on "
-            f"{device.type} use --quantization none with --dtype bfloat16, or a model that is "
-            "stored quantised"
+            f"--quantization {quantization} (or QUICKCHANGE_QUANTIZATION) serves on --device cpu "
+            f"only; on {device.type} use --quantization none with --dtype bfloat16, or a model "
+            "that is stored quantised"
         )
 
 
