@@ -69,8 +69,9 @@ class StepGraphs:
         at_need: bool = False,
     ) -> None:
         """sequences: the most of a step. blocks: the most of a sequence. recurrent: the model has
-        layers that keep states. scaled: it scales positions by the text's length. tokens:
-        those sampled by the step before, which the next reads. at_need: a capture costs no more than the step, so that each waits until its step comes."""
+        layers that keep states. scaled: it scales positions by the text's length. tokens: those
+        sampled by the step before, which the next reads. at_need: a capture costs no more than the
+        step, so that each waits until its step comes."""
         self._buckets = buckets
         self._device = device
         self._block_size = block_size

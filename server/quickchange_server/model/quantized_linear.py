@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("scale", packed.scale)
         self.register_buffer("minimum", packed.minimum)
         self.bias = base.bias
-        self.weight = _shape_only(base.weight)
+        self.weight = shape_only(base.weight)
         self._operands = (packed, base.bias)
         release(base.weight)
 
