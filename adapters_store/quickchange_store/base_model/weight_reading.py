@@ -121,6 +121,13 @@ def release(tensor: torch.Tensor) -> None:
         _give_back(begin, end)
 
 
+def give_back_freed() -> None:
+    """Return freed memory to the system, which glibc keeps where it lies between other pieces."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+    if trim is not None:
+        trim(0)
+
+
 def _mapped_files() -> list[tuple[int, int]]:
     """Addresses of the mapped weight files."""
     if not _MAPS.exists():

@@ -27,7 +27,7 @@ from quickchange_server.model.forward_context import AdapterBatch, StepHolder
 from quickchange_server.model.parallel.sharding import Joint
 from quickchange_server.model.quantized_linear import has_hooks, is_plain, shape_only
 from quickchange_server.model.rows_read import Rows
-from quickchange_store.base_model.weight_reading import release
+from quickchange_store.base_model.weight_reading import give_back_freed, release
 
 if TYPE_CHECKING:  # output_side imports fusion, which imports this module
     from quickchange_server.model.output_side import OutputSide
@@ -56,6 +56,7 @@ class PackedLinear(nn.Module):
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         weight = base.weight.detach()
+        give_back_freed()  # what linears before this one left
         self.panels: torch.Tensor
         self.register_buffer("panels", pack_panels(weight))
         self.bias = base.bias
