@@ -12,7 +12,7 @@ from launch_record import graphs_recorded, recorded_launches
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quickchange_kernels.roofline.beside_vllm import QUICKCHANGE
-from quickchange_server.model.cuda_graphs import Outputs
+from quickchange_server.model.graphs.cuda_graphs import Outputs
 from quickchange_server.model.loading.model_loader import load_model
 
 LINEARS = 4  # q/k/v, o, gate/up, down: cuBLAS's

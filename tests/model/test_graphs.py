@@ -18,7 +18,7 @@ from quickchange_kernels.random_inputs import random_tables
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.module_groups import Member, ModuleGroup
 from quickchange_server.adapters.packing import build_image, page_shapes
-from quickchange_server.model.cuda_graphs import Graphs, Outputs
+from quickchange_server.model.graphs.cuda_graphs import Graphs, Outputs
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from quickchange_server.engine import model_runner
 from quickchange_server.engine.parallel import follower, followers
 from quickchange_server.engine.parallel.orders import Order, Pass
 from quickchange_server.entrypoints.engine_start import engine_main
-from quickchange_server.model.cuda_graphs import Outputs
+from quickchange_server.model.graphs.cuda_graphs import Outputs
 
 _phase: Literal["running", "capturing", "replaying"] = "running"
 

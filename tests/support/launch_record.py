@@ -17,7 +17,7 @@ from unittest import mock
 from quickchange_kernels.absent_gpu import Launch, LaunchKey, absent_gpu
 from quickchange_kernels.gpu_targets import TARGETS
 from quickchange_server.engine import model_runner
-from quickchange_server.model.cuda_graphs import Outputs, computed_once
+from quickchange_server.model.graphs.cuda_graphs import Outputs, computed_once
 
 
 @dataclass

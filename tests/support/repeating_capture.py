@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from quickchange_server.model.cuda_graphs import Outputs
+from quickchange_server.model.graphs.cuda_graphs import Outputs
 
 
 class RepeatingCapture:

@@ -29,7 +29,7 @@ from quickchange_server.engine.engine import Engine
 from quickchange_server.engine.model_runner import HeadPlan, Runner
 from quickchange_server.engine.scheduling.scheduler import Scheduled
 from quickchange_server.engine.step_results import Flight, Ran
-from quickchange_server.model.cuda_graphs import Outputs
+from quickchange_server.model.graphs.cuda_graphs import Outputs
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.protocol import AdapterMoved, Component, SamplingParams, Submit
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate

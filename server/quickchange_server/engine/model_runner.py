@@ -38,9 +38,9 @@ from quickchange_server.engine.step_graphs import StepGraphs, StepOutput, StepTr
 from quickchange_server.engine.step_results import Flight, Landing
 from quickchange_server.engine.token_masks import NO_MASKS, TokenMasks
 from quickchange_server.engine.warm_up import BlankHeads, StepLimits, largest_steps, steps
+from quickchange_server.model.graphs.recorded_steps import NativeCapture, capture_for
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel, Output, forward
-from quickchange_server.model.recorded_steps import NativeCapture, capture_for
 from quickchange_server.spec_decode.cost_model import stopwatch
 from quickchange_server.spec_decode.draft_head_plan import DraftPlan, Round
 from quickchange_server.spec_decode.draft_heads import DraftItem, Guide, HeadDrafter

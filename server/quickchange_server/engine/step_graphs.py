@@ -22,7 +22,7 @@ from quickchange_server.engine.inputs.state_inputs import one_row_each, state_pa
 from quickchange_server.engine.inputs.step_shapes import Extent, PlanShape, StepBuckets
 from quickchange_server.engine.model_inputs import InputWriter, StepInputs, empty_inputs
 from quickchange_server.engine.scheduling.scheduler import Scheduled
-from quickchange_server.model.cuda_graphs import Capture, Graphs
+from quickchange_server.model.graphs.cuda_graphs import Capture, Graphs
 
 Other = TypeVar("Other")
 

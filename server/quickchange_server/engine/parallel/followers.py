@@ -50,8 +50,8 @@ from quickchange_server.engine.parallel.orders import (
 )
 from quickchange_server.engine.parallel.pass_inputs import flattened
 from quickchange_server.errors import AdapterFailedError, SettingError
-from quickchange_server.model.cuda_graphs import Capture, Outputs
 from quickchange_server.model.forward_context import ForwardContext
+from quickchange_server.model.graphs.cuda_graphs import Capture, Outputs
 from quickchange_server.model.parallel.ranks import LOOPBACK, Ranks, join
 
 _NOTICE_SECONDS = 1.0  # within which the end of one rank shows in another

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from quickchange_kernels import dispatch, native
-from quickchange_server.model.cuda_graphs import Capture, CudaCapture, Outputs, computed_once
+from quickchange_server.model.graphs.cuda_graphs import Capture, CudaCapture, Outputs, computed_once
 
 logger = logging.getLogger(__name__)
 
