@@ -1,1 +1,1 @@
-"""Forward passes captured once and run again: on a GPU by CUDA graphs, on a CPU by recorded steps."""
+"""Forward passes captured once and run again: CUDA graphs on a GPU, recorded steps on a CPU."""
