@@ -73,6 +73,7 @@ TORCH_LIBRARY(quickchange_native, m) {
       .def("begin", &StepPlan::begin)
       .def("end", &StepPlan::end)
       .def("run", &StepPlan::run)
+      .def("held", &StepPlan::held)
       .def("length", &StepPlan::length);
 }
 

@@ -19,6 +19,7 @@
 
 #include <map>
 #include <mutex>
+#include <unordered_map>
 #include <unordered_set>
 
 #include "binding.h"
@@ -33,15 +34,12 @@ class StepMemory : public torch::CustomClassHolder {
  public:
   ~StepMemory() override {
     std::lock_guard<std::mutex> held(lock());
-    for (const auto& [begin, size] : regions_) {
-      regions().erase(begin);
-      munmap(begin, size);
-    }
+    for (const auto& [begin, size] : regions_) munmap(begin, size);
   }
 
   void* take(size_t size) {
     std::lock_guard<std::mutex> held(lock());
-    size = (size + LINE - 1) / LINE * LINE + LINE;  // a line for what is known of the block
+    size = (size + LINE - 1) / LINE * LINE;
     auto found = free_.begin();
     while (found != free_.end() && found->second < size) ++found;
     if (found == free_.end()) found = free_.insert(reserve(std::max(size, REGION))).first;
@@ -50,27 +48,23 @@ class StepMemory : public torch::CustomClassHolder {
     if (room > size) free_.emplace(begin + size, room - size);
     taken_ += size;
     most_ = std::max(most_, taken_);
-    new (begin) Block{size, self()};
-    return begin + LINE;
+    blocks().emplace(begin, Block{size, self()});
+    return begin;
   }
 
   static void give_back(void* data) {
-    char* const begin = static_cast<char*>(data) - LINE;
-    Block* const block = reinterpret_cast<Block*>(begin);
-    const c10::intrusive_ptr<StepMemory> memory = std::move(block->memory);
-    const size_t size = block->size;
-    block->~Block();
-    std::lock_guard<std::mutex> held(lock());
-    memory->free_block(begin, size);
+    std::unique_lock<std::mutex> held(lock());
+    const auto found = blocks().find(data);
+    const auto [size, memory] = std::move(found->second);
+    blocks().erase(found);
+    memory->free_block(static_cast<char*>(data), size);
+    held.unlock();  // before the memory itself may end
   }
 
   // True if `data` is a block of any of these memories.
   static bool holds(void* data) {
     std::lock_guard<std::mutex> held(lock());
-    const auto after = regions().upper_bound(static_cast<char*>(data));
-    if (after == regions().begin()) return false;
-    const auto [begin, size] = *std::prev(after);
-    return static_cast<char*>(data) < begin + size;
+    return blocks().contains(data);
   }
 
   // The most bytes that were taken at once.
@@ -89,7 +83,6 @@ class StepMemory : public torch::CustomClassHolder {
     void* const begin = mmap(
         nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(begin != MAP_FAILED, "no memory for a recorded step's ", size, " bytes");
-    regions().emplace(static_cast<char*>(begin), size);
     return *regions_.emplace(static_cast<char*>(begin), size).first;
   }
 
@@ -112,12 +105,14 @@ class StepMemory : public torch::CustomClassHolder {
   }
 
   static std::mutex& lock() {
-    static std::mutex lock;
-    return lock;
+    static auto* const lock = new std::mutex;  // for ever, as the blocks
+    return *lock;
   }
 
-  static Ranges& regions() {
-    static auto* const all = new Ranges;  // for ever: tensors may outlive what is static
+  // What is taken of all memories. For ever: tensors may outlive what is static. Not beside the data,
+  // where a step that runs again writes what it wrote before.
+  static std::unordered_map<void*, Block>& blocks() {
+    static auto* const all = new std::unordered_map<void*, Block>;
     return *all;
   }
 
@@ -241,6 +236,16 @@ class StepPlan : public torch::CustomClassHolder {
     for (const Call& call : calls_) repeat(call, stack);
   }
 
+  // Pieces that somebody else than these outputs still holds: other steps write there.
+  int64_t held(const std::vector<Tensor>& outputs) const {
+    return std::count_if(pooled_.begin(), pooled_.end(), [&](void* data) {
+      return StepMemory::holds(data) &&
+             std::none_of(outputs.begin(), outputs.end(), [&](const Tensor& output) {
+               return output.storage().data() == data;
+             });
+    });
+  }
+
   int64_t length() const { return calls_.size(); }
 
  private:
@@ -275,7 +280,7 @@ class StepPlan : public torch::CustomClassHolder {
 
   // Without a hold on memory of the pool, which others take as soon as nobody else holds it.
   Tensor kept(const Tensor& tensor) const {
-    if (!tensor.has_storage() || !pooled_.contains(tensor.storage().data())) return tensor;
+    if (!tensor.has_storage() || !pooled_.contains(tensor.storage().mutable_data())) return tensor;
     return at::from_blob(
         tensor.mutable_data_ptr(), tensor.sizes(), tensor.strides(), tensor.options());
   }
@@ -332,7 +337,7 @@ class StepPlan : public torch::CustomClassHolder {
 
   c10::intrusive_ptr<StepMemory> memory_;
   std::vector<Call> calls_;
-  std::unordered_set<const void*> pooled_;
+  std::unordered_set<void*> pooled_;
   std::optional<Call> call_;
   std::string refusal_;
   int64_t depth_ = 0;

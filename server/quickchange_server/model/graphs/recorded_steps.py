@@ -29,6 +29,12 @@ class NativeCapture:
         self._memory = torch.classes.quickchange_native.StepMemory()
         self._refused = False
 
+    @property
+    def bytes(self) -> int:
+        """The most bytes that the passes have taken at once."""
+        taken: int = self._memory.bytes()
+        return taken
+
     def __call__(self, compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
         if self._refused:
             return _computed_anew(compute)
@@ -39,6 +45,8 @@ class NativeCapture:
             outputs = compute()
         finally:
             refusal = plan.end()
+        if not refusal and (held := plan.held(list(outputs))):
+            refusal = f"{held} tensors of a pass are kept beyond it"
         if refusal:
             self._refused = True
             logger.info("steps are computed without a recorded plan: %s", refusal)
