@@ -19,7 +19,7 @@ from quickchange_server.spec_decode.acceptance_rates import DEEPEST, Acceptance,
 from quickchange_server.spec_decode.cost_model import DraftCost, StepCost
 from quickchange_server.spec_decode.draft_selection import StepLoad, expected_tokens
 
-REPLAN = 8  # steps for which a first plan holds, and each later one a step longer, up to …
+REPLAN = 4  # steps for which a first plan holds, and each later one a step longer, up to …
 SETTLED = 32  # … so many: what is learned changes ever less
 _ROUNDS = 3  # each squares the distance to the best rate
 
