@@ -176,9 +176,11 @@ class Runner:
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters, as they run: from
         graphs where there are any for so many rows."""
-        sizes = [rows for rows in _PRICED_ROWS if rows <= most]
+        # The largest first: the graphs' outputs, which all share, need not grow and be left behind.
+        sizes = [rows for rows in reversed(_PRICED_ROWS) if rows <= most]
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
-        return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
+        priced = [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
+        return priced[::-1]
 
     def launch(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Flight:
         """Give the device all the work of `plan` and of the drafts that `heads` asks for.
