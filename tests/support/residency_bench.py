@@ -125,9 +125,7 @@ class Bench:
 
 
 @contextmanager
-def bench(
-    slabs: int = SLABS, host: int = 1 << 20, *, one_memory: bool = False
-) -> Iterator[Bench]:
+def bench(slabs: int = SLABS, host: int = 1 << 20, *, one_memory: bool = False) -> Iterator[Bench]:
     made = Bench(slabs, host, one_memory=one_memory)
     try:
         yield made

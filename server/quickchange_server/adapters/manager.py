@@ -9,9 +9,9 @@ any of this: a claim whose adapters are resident is ready at once.
 
 Eviction is least recently used, by the time a claim last began to use the adapter. An image leaves
 the host in the same order; one that the oldest waiting claim needs stays, even over the budget.
-Where both tiers lie in one memory, an image would be a second copy of its pages: it leaves once they
-are written, as long as the device has had room for all. From the first eviction on it stays, since
-adapters come back, and from an image in a sixth of the time.
+Where both tiers lie in one memory, an image would be a second copy of its pages: it leaves once
+they are written, as long as the device has had room for all. From the first eviction on it stays,
+since adapters come back, and from an image in a sixth of the time.
 
 All state belongs to the engine's thread. The loader's thread runs two kinds of job, disk to image
 and image to device, reads whether any claim is held, and touches nothing else. Knows nothing of
