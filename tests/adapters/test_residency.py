@@ -313,6 +313,39 @@ def test_an_adapter_larger_than_the_host_budget_still_reaches_the_device() -> No
         assert b.tier("l4a") == "disk"
 
 
+def test_one_memory_holds_no_second_copy_of_resident_adapters() -> None:
+    with bench(one_memory=True) as b:
+        slots = b.hold("r", "l4a", "l1b")
+        assert b.residency.host_images == {}
+        assert b.tier("l4a") == b.tier("l1b") == "device"
+        begin = int(b.pool.tables.directory[slots["l1b"], 1, 0])
+        a_offset = int(b.pool.tables.pages[begin, 0])
+        assert torch.equal(b.pool.tables.arena[a_offset : a_offset + 256], torch.ones(256))
+
+
+def test_one_memory_holds_images_again_once_an_adapter_had_to_give_way() -> None:
+    with bench(one_memory=True) as b:
+        for name in ("l8a", "l8b", "l8c"):
+            b.use(name)
+        assert b.tier("l8a") == "disk"  # given way to l8c: there was no image of it
+        assert set(b.residency.host_images) == {"l8c"}
+        b.use("l8a", "l8d")
+        assert b.tier("l8b") == "disk"
+        assert b.tier("l8c") == "host"
+        loads = len(b.store.loads)
+        b.use("l8c", "l8a")
+        assert len(b.store.loads) == loads
+
+
+def test_one_memory_keeps_what_is_prefetched_to_the_host() -> None:
+    with bench(one_memory=True) as b:
+        b.use("s1a")
+        b.residency.prefetch("s1h", "host")
+        b.settle()
+        assert b.tier("s1h") == "host"
+        assert set(b.residency.host_images) == {"s1h"}
+
+
 def test_many_waiting_claims_do_not_thrash_a_small_host_tier() -> None:
     with bench(host=9 * LARGE) as b:
         b.hold("runs", "l8x", "l8y")
@@ -393,9 +426,11 @@ ADAPTERS = [
 class Requests(RuleBasedStateMachine):
     """Requests come, run and go while adapters load, fail and are administered."""
 
+    one_memory = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.bench = Bench(host=10 * LARGE)
+        self.bench = Bench(host=10 * LARGE, one_memory=self.one_memory)
         self.bench.store.close_gate()
         self.claims: dict[str, list[str]] = {}
         self.held: dict[str, dict[str, int]] = {}
@@ -477,8 +512,15 @@ class Requests(RuleBasedStateMachine):
         return self.bench.residency.failed(key)
 
 
+class RequestsInOneMemory(Requests):
+    """The same where the device's memory is the host's."""
+
+    one_memory = True
+
+
 TestRequests = Requests.TestCase
+TestRequestsInOneMemory = RequestsInOneMemory.TestCase
 # No shrinking: with a thread in the loop it takes minutes.
-TestRequests.settings = settings(
+TestRequests.settings = TestRequestsInOneMemory.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, phases=[Phase.explicit, Phase.generate]
 )

@@ -6,7 +6,10 @@ the path but the capture.
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,11 @@ from text_of_pieces import text_of_pieces
 from tiny_models import VOCABULARY, make_model, save_model
 from torch import Tensor, nn
 
+from quickchange_kernels import native
 from quickchange_server.engine import model_runner
 from quickchange_server.engine.sampler import Sampler
+from quickchange_server.model.graphs.cuda_graphs import Outputs
+from quickchange_server.model.graphs.recorded_steps import NativeCapture
 from quickchange_server.protocol import Constraint, Drafting
 from quickchange_server.structured_output.grammar import TokenGrammars
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
@@ -244,3 +250,35 @@ def test_rows_are_priced_by_the_graphs_that_run_them(
     graphs = [size for size in rows if size <= 12]  # a step of more decode rows has none
     assert capture.replayed == warmed + 3 * len(graphs)
     assert len(capture.rows) == captured
+
+
+def test_pricing_leaves_no_recorded_plan_behind(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[NativeCapture]] = []
+    plans: list[int] = []
+
+    class Noted(NativeCapture):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(weakref.ref(self))
+
+        def __call__(self, compute: Callable[[], Outputs]) -> tuple[Callable[[], None], Outputs]:
+            plans.append(len(made))
+            return super().__call__(compute)
+
+    assert native.ensure()
+    monkeypatch.setattr(model_runner, "NativeCapture", Noted)
+    monkeypatch.setattr(model_runner, "capture_for", lambda _device: Noted())
+    engine = make_engine(model, load, max_sequences=6)
+    plans.clear()
+    prices = engine._runner.price_rows(4)
+    assert [rows for rows, _ in prices] == [1, 2, 4]
+    assert plans == [len(made) - 1] * 3, "not priced by recorded plans"
+    gc.collect()
+    assert [each() is not None for each in made] == [False] * (len(made) - 1) + [True]
+    drive = Driver(engine)
+    engine.submit(request("r", [5, 6, 7]))
+    drive.finish("r")
+    assert plans[-1] == len(made), "a step from no plan of the new capture"
+    engine.close()

@@ -71,7 +71,9 @@ class Store:
 class Bench:
     """A residency, its store, and what happened."""
 
-    def __init__(self, slabs: int = SLABS, host: int = 1 << 20) -> None:
+    def __init__(
+        self, slabs: int = SLABS, host: int = 1 << 20, *, one_memory: bool = False
+    ) -> None:
         self.store = Store()
         self.awake = threading.Semaphore(0)
         self.events: list[AdapterMoved | AdapterFailed] = []
@@ -84,6 +86,7 @@ class Bench:
             PromptShape(HIDDEN, CacheShape(2, 1, 4), 1 << 20, torch.float32),
             host,
             self.awake.release,
+            one_memory=one_memory,
         )
 
     def poll(self) -> None:
@@ -122,8 +125,8 @@ class Bench:
 
 
 @contextmanager
-def bench(slabs: int = SLABS, host: int = 1 << 20) -> Iterator[Bench]:
-    made = Bench(slabs, host)
+def bench(slabs: int = SLABS, host: int = 1 << 20, *, one_memory: bool = False) -> Iterator[Bench]:
+    made = Bench(slabs, host, one_memory=one_memory)
     try:
         yield made
         made.poll()

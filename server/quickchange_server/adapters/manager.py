@@ -9,6 +9,9 @@ any of this: a claim whose adapters are resident is ready at once.
 
 Eviction is least recently used, by the time a claim last began to use the adapter. An image leaves
 the host in the same order; one that the oldest waiting claim needs stays, even over the budget.
+Where both tiers lie in one memory, an image would be a second copy of its pages: it leaves once
+they are written, as long as the device has had room for all. From the first eviction on it stays,
+since adapters come back, and from an image in a sixth of the time.
 
 All state belongs to the engine's thread. The loader's thread runs two kinds of job, disk to image
 and image to device, reads whether any claim is held, and touches nothing else. Knows nothing of
@@ -62,14 +65,18 @@ class Residency:
         prompts: PromptShape,
         host_budget_bytes: int,
         on_wake: Callable[[], None],
+        *,
+        one_memory: bool = False,
     ) -> None:
-        """`load` and `on_wake` are called on the loader's thread."""
+        """`load` and `on_wake` are called on the loader's thread. one_memory: the device's memory
+        is the host's."""
         self._pool = pool
         self._load = load
         self._shapes = page_shapes(groups, pool.dtype)
         self._turbo = turbo
         self._prompts = prompts
         self._host_budget = host_budget_bytes
+        self._spares_images = one_memory  # until the first eviction
         self._loader: Loader[AdapterImage | None] = Loader(on_wake)
         self._claims = ClaimBook()
         self._pause = Pacer(lambda: bool(self._claims.held))  # only beside running requests
@@ -359,6 +366,8 @@ class Residency:
             self._moved(entry, "load", done.seconds)
         elif entry.slot is not None:
             self._pool.publish(entry.slot)
+            if self._spares_images:
+                entry.leave_host()
             self._moved(entry, "load", done.seconds)
 
     def _fail(self, entry: AdapterEntry, error: str) -> None:
@@ -429,8 +438,9 @@ class Residency:
             self._moved(entry, "forget")
 
     def _evict(self, entry: AdapterEntry) -> None:
-        """Evict an entry from the device; the host's copy stays."""
+        """Evict an entry from the device; the host's copy stays, if there is one."""
         if entry.slot is not None:
+            self._spares_images = False
             self._pool.free(entry.slot)
             entry.leave_device()
             self._moved(entry, "evict")

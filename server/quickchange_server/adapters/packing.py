@@ -17,6 +17,8 @@ on). Knows nothing of slots, budgets or threads.
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -276,10 +278,17 @@ def build_image(
 
 
 def _zeros(count: int, dtype: torch.dtype, *, pin_memory: bool) -> Tensor:
-    """Zero tensor [count], without a parallel region: numpy asks the system for zeroed pages."""
+    """Zero tensor [count], without a parallel region.
+
+    Its pages are the system's and go back to it: the heap of the loader's thread would keep those
+    of a whole adapter. Large ones cost as little as memory that is used again.
+    """
     if pin_memory or not count:
         return torch.zeros(count, dtype=dtype, pin_memory=pin_memory)
-    return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype)
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if sys.platform == "linux":
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)
 
 
 def _list_pages(adapter: CanonicalAdapter, shapes: Mapping[Place, PageShape]) -> list[_Page]:

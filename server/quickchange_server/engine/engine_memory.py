@@ -92,8 +92,16 @@ class EngineMemory:
         )
         turbo = TurboShape(model.hidden, model.vocabulary)
         prompts = prompt_shape(model, settings)
-        host = settings.adapter_host_bytes
-        return Residency(pool, load_adapter, model.groups, turbo, prompts, host, on_wake)
+        return Residency(
+            pool,
+            load_adapter,
+            model.groups,
+            turbo,
+            prompts,
+            settings.adapter_host_bytes,
+            on_wake,
+            one_memory=self._device.type == "cpu",
+        )
 
     def fit(self, adapters: AdapterTiers, masks: MasksFor) -> Fitted:
         """The runner and its caches, as large as the settings say or the device has room for.

@@ -10,6 +10,7 @@ has them; all others take one common path.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -113,11 +114,11 @@ class Runner:
             )
         every = capture is not None or dispatch.triton_compiles(device)
         self._rows = BatchTables(model.vocabulary, every=every)
-        self._graphs = capture and StepGraphs(
+        self._graphs_of = partial(
+            StepGraphs,
             StepBuckets(most_graph_rows, blocks, sequences, mixed, exact=recorded),
             self._compute_all,
-            capture,
-            device,
+            device=device,
             block_size=block_size,
             sequences=sequences,
             blocks=blocks,
@@ -126,6 +127,8 @@ class Runner:
             tokens=self._tokens,
             at_need=recorded,
         )
+        self._graphs = capture and self._graphs_of(capture=capture)
+        self._recorded = recorded and self._graphs is not None
         model.install_caches(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -176,9 +179,13 @@ class Runner:
     def price_rows(self, most: int) -> list[tuple[int, float]]:
         """(rows, seconds) of decode steps of up to `most` rows, without adapters, as they run: from
         graphs where there are any for so many rows."""
-        sizes = [rows for rows in _PRICED_ROWS if rows <= most]
+        # The largest first: the graphs' outputs, which all share, need not grow and be left behind.
+        sizes = [rows for rows in reversed(_PRICED_ROWS) if rows <= most]
         rounds = [[self._priced(rows) for rows in sizes] for _ in range(_PRICING_ROUNDS)]
-        return [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
+        if self._recorded:  # most of the plans will not be asked for, and would keep their memory
+            self._graphs = self._graphs_of(capture=NativeCapture())
+        priced = [(rows, min(times)) for rows, *times in zip(sizes, *rounds, strict=True)]
+        return priced[::-1]
 
     def launch(self, plan: Sequence[Scheduled], heads: HeadPlan) -> Flight:
         """Give the device all the work of `plan` and of the drafts that `heads` asks for.
