@@ -43,8 +43,8 @@ def preload() -> None:
     Called before the first engine is started, from a thread or not; without it, each engine loads
     them itself.
     """
-    # OpenMP's threads, which PyTorch's own operators use, would spin for milliseconds behind each of
-    # them and hold up the engine's own team: 3 % of a prompt of 512 tokens on two cores.
+    # OpenMP's threads, which serve PyTorch's own operators, would spin for milliseconds behind each
+    # one and hold up the engine's own team: 3 % of a prompt of 512 tokens on two cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     if sys.platform == "linux":
         multiprocessing.set_forkserver_preload(["quickchange_server.entrypoints.engine_modules"])
