@@ -60,7 +60,7 @@ def test_rows_are_read_out_of_panels(
 
 
 @pytest.mark.parametrize("width", [48, 64, 96])
-@pytest.mark.parametrize("beyond", [0, 1, 1000, -1000])
+@pytest.mark.parametrize("beyond", [0, 1, 1000, -97, -1000])
 def test_a_row_that_the_weight_lacks_is_refused(width: int, beyond: int) -> None:
     panels = pack_panels(torch.randn(width, 6))
     row = torch.tensor([width + beyond])

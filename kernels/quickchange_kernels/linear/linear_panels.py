@@ -82,12 +82,13 @@ def panel_rows(panels: Tensor, rows: Tensor, columns: int) -> Tensor:
     `WIDTH` words of four bytes apart: copy out what is read often.
     """
     rows, words = rows.long(), panels.view(torch.int32)
-    steps = words.numel() // columns
-    whole = columns // WIDTH * WIDTH
-    first = rows // WIDTH * WIDTH  # of the row's panel
-    apart = torch.where(first < whole, WIDTH, columns - whole)
-    step = torch.arange(steps, device=rows.device)
-    at = (first * steps + rows - first).unsqueeze(-1) + apart.unsqueeze(-1) * step
+    steps, whole = words.numel() // columns, columns // WIDTH * WIDTH
+    lane = rows % WIDTH
+    first = rows - lane  # of the row's panel
+    apart = (
+        WIDTH if whole == columns else torch.where(first < whole, WIDTH, columns - whole)[..., None]
+    )
+    at = (first * steps + lane).unsqueeze(-1) + torch.arange(steps, device=rows.device) * apart
     return words.index_select(0, at.view(-1)).view(*rows.shape, steps).view(panels.dtype)
 
 

@@ -110,8 +110,8 @@ def tied_embedding(model: nn.Module) -> nn.Embedding | None:
 def take_rows(embedding: nn.Embedding, head: PackedLinear) -> None:
     """Let the embedding that is tied to an LM head read its rows out of the head's panels."""
     del embedding.weight
-    embedding.weight = head.weight  # type: ignore[assignment]
-    embedding.forward = head.rows  # type: ignore[method-assign]
+    embedding.weight = head.weight
+    embedding.forward = head.rows  # type: ignore[assignment,method-assign]
 
 
 def sharing_weights(model: nn.Module) -> set[nn.Module]:

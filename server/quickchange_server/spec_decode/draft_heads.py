@@ -83,8 +83,8 @@ class HeadDrafter:
         self.waits = 0  # times that the host has waited for the device, for guides
         self._group = head.group.index if isinstance(head, AdaptedLinear) else None
         self._head = head.base if isinstance(head, AdaptedLinear) else head
-        plain = isinstance(self._head, BaseLinear | PackedLinear)
-        self._rows = HeadRows(self._head) if plain else None
+        base = self._head
+        self._rows = HeadRows(base) if isinstance(base, BaseLinear | PackedLinear) else None
         self._embedding = embedding.base if isinstance(embedding, AdaptedEmbedding) else embedding
 
     @property
@@ -284,7 +284,8 @@ class HeadRows:
 
     def __init__(self, head: BaseLinear | PackedLinear) -> None:
         self._head = head
-        self._weight, self._bias = head.weight, head.bias
+        self._weight: Tensor = head.weight
+        self._bias: Tensor | None = head.bias
         self._place: Tensor | None = None  # int32 [V] each token's row of them; -1: none yet
         if isinstance(head, PackedLinear):
             self._weight = head.weight[:0]
@@ -297,7 +298,7 @@ class HeadRows:
             return self._weight, self._bias, tokens
         places = self._place.index_select(0, tokens)
         if places.numel() and int(places.min()) < 0:
-            new = tokens[places < 0].long().unique()
+            new = torch.unique(tokens[places < 0].long())
             self._place[new] = torch.arange(len(new), dtype=torch.int32) + len(self._weight)
             self._weight = torch.cat([self._weight, self._head.rows(new)])
             if self._bias is not None:
