@@ -19,7 +19,12 @@ from quickchange_server.adapters.packing import build_image, page_shapes
 from quickchange_server.model.adapter_layers import PackedLinear
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.model.quantized_linear import Quantization
-from quickchange_server.spec_decode.draft_heads import DraftItem, Drafts, HeadDrafter, HeadRows
+from quickchange_server.spec_decode.draft_heads import (
+    DraftItem,
+    Drafts,
+    HeadDrafter,
+    VocabularyRows,
+)
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import TurboHeads
 
@@ -276,7 +281,7 @@ def test_a_packed_heads_rows_are_copied_out_once_for_all_vocabularies() -> None:
     weight = torch.randn(EVEN, 6)
     linear = nn.Linear(6, EVEN).requires_grad_(False)
     linear.weight.copy_(weight)
-    rows = HeadRows(PackedLinear(linear))
+    rows = VocabularyRows(PackedLinear(linear))
     for tokens, held in (([5, 70, 5], 2), ([], 2), ([70, 111, 0], 4), ([5, 0], 4)):
         vocabulary = torch.tensor(tokens, dtype=torch.int32)
         kept, bias, places = rows.of(vocabulary)

@@ -84,7 +84,7 @@ class HeadDrafter:
         self._group = head.group.index if isinstance(head, AdaptedLinear) else None
         self._head = head.base if isinstance(head, AdaptedLinear) else head
         base = self._head
-        self._rows = HeadRows(base) if isinstance(base, BaseLinear | PackedLinear) else None
+        self._rows = VocabularyRows(base) if isinstance(base, BaseLinear | PackedLinear) else None
         self._embedding = embedding.base if isinstance(embedding, AdaptedEmbedding) else embedding
 
     @property
@@ -275,7 +275,7 @@ class DraftCall:
         return self.vocabulary[at].long()
 
 
-class HeadRows:
+class VocabularyRows:
     """Rows of a plain LM head, by token.
 
     Those of a packed one are copied out of its panels when a vocabulary first names them and stay,
@@ -307,7 +307,7 @@ class HeadRows:
         return self._weight, self._bias, places
 
 
-def _over_subset(part: SubsetLogits, head: HeadRows, states: Tensor, call: DraftCall) -> None:
+def _over_subset(part: SubsetLogits, head: VocabularyRows, states: Tensor, call: DraftCall) -> None:
     rows = _chosen(states, part.rows)
     weight, bias, vocabulary = head.of(call.vocabulary)
     logits = draft_logits(rows, weight, vocabulary, part.segments, part.width, bias)
