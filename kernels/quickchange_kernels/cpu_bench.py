@@ -21,7 +21,7 @@ from torch import Tensor
 from quickchange_kernels import native
 from quickchange_kernels.attention.paged_attention_contract import paged_attention
 from quickchange_kernels.attention.paged_attention_plain import plain_paged_attention
-from quickchange_kernels.linear.linear_float import linear, plain_linear
+from quickchange_kernels.linear.linear_float import plain_linear
 from quickchange_kernels.linear.linear_int8 import linear_int8, plain_linear_int8, quantize_int8
 from quickchange_kernels.linear.linear_panels import linear_panels, pack_panels
 from quickchange_kernels.linear.linear_quantized import (
@@ -90,16 +90,14 @@ def linear_shapes(*, head: bool) -> list[tuple[int, int]]:
 def linear_cases(dtype: torch.dtype, rows: list[int], *, head: bool = True) -> Iterator[CpuCase]:
     """All linears as they are served, beside `F.linear` on rows; prefill leaves the head out."""
     weights = [torch.randn(shape).to(dtype) for shape in linear_shapes(head=head)]
-    packed = [pack_panels(weight) for weight in weights if weight.shape[0] != VOCABULARY]
+    packed = [pack_panels(weight) for weight in weights]
     size = sum(weight.nbytes for weight in weights)
     for count in rows:
         inputs = {k: torch.randn(count, k).to(dtype) for k in (HIDDEN, INNER)}
 
         def served(inputs: dict[int, Tensor] = inputs) -> None:
-            for panels, weight in zip(packed, weights, strict=False):
+            for panels, weight in zip(packed, weights, strict=True):
                 linear_panels(inputs[weight.shape[1]], panels, weight.shape[0])
-            for weight in weights[len(packed) :]:  # the head
-                linear(inputs[HIDDEN], weight)
 
         def plain(inputs: dict[int, Tensor] = inputs) -> None:
             for weight in weights:

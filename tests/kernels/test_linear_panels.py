@@ -13,6 +13,7 @@ from torch import Tensor
 from quickchange_kernels.linear.linear_panels import (
     linear_panels,
     pack_panels,
+    panel_rows,
     plain_linear_panels,
     reference_linear_panels,
     unpack_panels,
@@ -40,6 +41,31 @@ def test_packing_loses_nothing(
     panels = pack_panels(weight)
     assert torch.equal(unpack_panels(panels, width, features), weight)
     assert panels.nbytes < (width + 16) * (features + 1) * weight.itemsize
+
+
+@pytest.mark.parametrize(("features", "width"), [(64, 48), (38, 16), (20, 96), (6, 112), (2, 80)])
+@pytest.mark.parametrize("kind", [torch.int32, torch.int64])
+def test_rows_are_read_out_of_panels(
+    features: int,
+    width: int,
+    kind: torch.dtype,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> None:
+    weight = numbers(width, features, dtype, generator)
+    panels = pack_panels(weight)
+    rows = torch.randint(width, (3, 50), generator=generator).to(kind)
+    assert torch.equal(panel_rows(panels, rows, width), weight[rows.long()])
+    assert torch.equal(panel_rows(panels, torch.arange(width), width), weight)
+
+
+@pytest.mark.parametrize("width", [48, 64, 96])
+@pytest.mark.parametrize("beyond", [0, 1, 1000, -97, -1000])
+def test_a_row_that_the_weight_lacks_is_refused(width: int, beyond: int) -> None:
+    panels = pack_panels(torch.randn(width, 6))
+    row = torch.tensor([width + beyond])
+    with pytest.raises(IndexError):
+        panel_rows(panels, row, width)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 7, 8, 9, 16, 33, 65, 130])

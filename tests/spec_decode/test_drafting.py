@@ -10,19 +10,26 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import VOCABULARY, make_model, save_model
-from torch import Tensor
+from torch import Tensor, nn
 from turbo_adapters import drafts_by_formula, make_turbo, turbo_adapter
 
 from quickchange_kernels.linear.linear_int8 import dequantize_int8, quantize_int8
 from quickchange_server.adapters.memory_pool import DevicePool
 from quickchange_server.adapters.packing import build_image, page_shapes
+from quickchange_server.model.adapter_layers import PackedLinear
 from quickchange_server.model.loading.model_loader import LoadedModel, load_model
 from quickchange_server.model.quantized_linear import Quantization
-from quickchange_server.spec_decode.draft_heads import DraftItem, Drafts, HeadDrafter
+from quickchange_server.spec_decode.draft_heads import (
+    DraftItem,
+    Drafts,
+    HeadDrafter,
+    VocabularyRows,
+)
 from quickchange_store.canonical.canonical_adapter import CanonicalAdapter, LowRankUpdate
 from quickchange_store.canonical.turbo_part import TurboHeads
 
 CPU = torch.device("cpu")
+EVEN = 112  # tokens whose LM head is served in panels, of which rows are copied out
 HIDDEN = 48
 FEW = (2, 3, 5, 8, 13, 21, 34, 55, 89)
 OTHERS = (1, 4, 9, 16, 25, 36)
@@ -67,10 +74,11 @@ class Device:
         quantization: Quantization = "none",
         dtype: torch.dtype = torch.float32,
         spare: int = 0,
+        vocabulary: int = VOCABULARY,
     ) -> None:
-        self.original = make_model(family)
+        self.original = make_model(family, vocabulary=vocabulary)
         self.model: LoadedModel = load_model(
-            str(save_model(family, folder)),
+            str(save_model(family, folder, vocabulary=vocabulary)),
             dtype=torch.float32,
             device=CPU,
             adapters=True,
@@ -137,9 +145,10 @@ def check(drafts: Drafts, index: int, expected: Sequence[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, EVEN])
 @pytest.mark.parametrize("name", TURBOS)
-def test_drafts_are_the_formulas(name: str, family: str, tmp_path: Path) -> None:
-    device, turbo = Device(tmp_path, family), TURBOS[name]
+def test_drafts_are_the_formulas(name: str, vocabulary: int, family: str, tmp_path: Path) -> None:
+    device, turbo = Device(tmp_path, family, vocabulary=vocabulary), TURBOS[name]
     slot = device.load(turbo_adapter(turbo))
     items = [DraftItem(row, slot, turbo.depth, ()) for row in (2, 0)]
     drafts = device.draft(items)
@@ -268,8 +277,24 @@ def test_only_the_vocabularys_rows_of_the_lm_head_are_read(tmp_path: Path) -> No
     check(device.draft([item]), 0, device.expected(turbo, item))
 
 
-def test_a_short_vocabulary_beside_a_longer_one_drafts_its_own_tokens(tmp_path: Path) -> None:
-    device = Device(tmp_path)
+def test_a_packed_heads_rows_are_copied_out_once_for_all_vocabularies() -> None:
+    weight = torch.randn(EVEN, 6)
+    linear = nn.Linear(6, EVEN).requires_grad_(False)
+    linear.weight.copy_(weight)
+    rows = VocabularyRows(PackedLinear(linear))
+    for tokens, held in (([5, 70, 5], 2), ([], 2), ([70, 111, 0], 4), ([5, 0], 4)):
+        vocabulary = torch.tensor(tokens, dtype=torch.int32)
+        kept, bias, places = rows.of(vocabulary)
+        assert kept.shape == (held, 6)
+        assert torch.equal(kept[places.long()], weight[vocabulary.long()])
+        assert torch.equal(bias[places.long()], linear.bias[vocabulary.long()])
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, EVEN])
+def test_a_short_vocabulary_beside_a_longer_one_drafts_its_own_tokens(
+    vocabulary: int, tmp_path: Path
+) -> None:
+    device = Device(tmp_path, vocabulary=vocabulary)
     short = make_turbo(HIDDEN, 2, vocabulary=(6, 60), seed=20)
     slots = [device.load(turbo_adapter(t)) for t in (TURBOS["vocabulary"], short)]
     for order in (slots, slots[::-1]):

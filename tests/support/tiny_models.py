@@ -248,13 +248,16 @@ FAMILIES: dict[str, dict[str, object]] = {
 }
 
 
-def make_model(family: str, seed: int = 0, *, drawn_norms: bool = False) -> PreTrainedModel:
+def make_model(
+    family: str, seed: int = 0, *, drawn_norms: bool = False, vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
     """A random float32 model with transformers' own attention.
 
+    vocabulary: its tokens; an LM head of a multiple of 16 is served in panels.
     drawn_norms: its norms have random weights and biases, too, as trained ones have.
     """
     torch.manual_seed(seed)
-    options = {**_COMMON, **FAMILIES[family]}
+    options = {**_COMMON, "vocab_size": vocabulary, **FAMILIES[family]}
     attention = options.pop("attn_implementation", "eager")
     config = AutoConfig.for_model(str(options.pop("model_type")), **options)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float().eval()
@@ -268,9 +271,17 @@ def make_model(family: str, seed: int = 0, *, drawn_norms: bool = False) -> PreT
     return model
 
 
-def save_model(family: str, folder: Path, seed: int = 0, *, drawn_norms: bool = False) -> Path:
+def save_model(
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    *,
+    drawn_norms: bool = False,
+    vocabulary: int = VOCABULARY,
+) -> Path:
     """The same model on disk, in transformers' layout."""
-    make_model(family, seed, drawn_norms=drawn_norms).save_pretrained(folder)
+    model = make_model(family, seed, drawn_norms=drawn_norms, vocabulary=vocabulary)
+    model.save_pretrained(folder)
     return folder
 
 

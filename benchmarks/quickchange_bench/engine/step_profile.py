@@ -8,6 +8,7 @@ step's time is taken without it).
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -92,7 +93,8 @@ def profile_step(
     floors = _bytes_moved(loaded, rows, context) | {
         "low-rank": adapters * device_bytes(shapes, rank, 4)
     }
-    parts = _parts(profiler, loaded.vocabulary, statistics.median(times), profiled, floors)
+    head = loaded.head.weight.numel()  # type: ignore[operator]
+    parts = _parts(profiler, head, statistics.median(times), profiled, floors)
     engine.close()
     return StepProfile(rows, adapters, context, statistics.median(times), bandwidth, parts)
 
@@ -170,17 +172,18 @@ def _bytes_moved(loaded: LoadedModel, rows: int, context: int) -> dict[str, int]
 
 def _parts(
     profiler: profile,
-    vocabulary: int,
+    head: int,
     step_seconds: float,
     profiled: Sequence[float],
     floors: dict[str, int],
 ) -> tuple[StepPart, ...]:
+    """The table's rows. head: elements of the LM head's weight."""
     seconds = dict.fromkeys(("linears", "LM head", "low-rank", "attention", "other"), 0.0)
     for event in profiler.events():  # type: ignore[no-untyped-call]
         if event.cpu_parent is not None:
             continue
         part = _PARTS.get(event.name, "other")
-        if part == "linears" and event.input_shapes[1][0] == vocabulary:
+        if part == "linears" and math.prod(event.input_shapes[1]) == head:
             part = "LM head"
         seconds[part] += event.cpu_time_total / 1e6 / len(profiled)
     parts = [

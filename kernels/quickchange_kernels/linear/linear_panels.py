@@ -75,6 +75,23 @@ def unpack_panels(panels: Tensor, columns: int, features: int) -> Tensor:
     return torch.cat(parts)[:columns, :features]
 
 
+def panel_rows(panels: Tensor, rows: Tensor, columns: int) -> Tensor:
+    """Rows [..., K] of W [columns, K] by their numbers: W must fill its panels.
+
+    rows: int [...]. Raises IndexError for a number that W doesn't have. A row's numbers stand
+    `WIDTH` words of four bytes apart: copy out what is read often.
+    """
+    rows, words = rows.long(), panels.view(torch.int32)
+    steps, whole = words.numel() // columns, columns // WIDTH * WIDTH
+    lane = rows % WIDTH
+    first = rows - lane  # of the row's panel
+    apart = (
+        WIDTH if whole == columns else torch.where(first < whole, WIDTH, columns - whole)[..., None]
+    )
+    at = (first * steps + lane).unsqueeze(-1) + torch.arange(steps, device=rows.device) * apart
+    return words.index_select(0, at.view(-1)).view(*rows.shape, steps).view(panels.dtype)
+
+
 def reference_linear_panels(
     x: Tensor, panels: Tensor, columns: int, bias: Tensor | None = None
 ) -> Tensor:

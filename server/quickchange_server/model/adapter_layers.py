@@ -20,6 +20,7 @@ from quickchange_kernels.linear.linear_panels import (
     fills_panels,
     linear_panels,
     pack_panels,
+    panel_rows,
 )
 from quickchange_kernels.lowrank.lowrank_contract import Segments, lowrank_, lowrank_embedding_
 from quickchange_server.adapters.module_groups import ModuleGroup
@@ -67,6 +68,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear_panels(x, *self._operands)
 
+    def rows(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Rows [..., K] of the weight, by their numbers, int [...]."""
+        return panel_rows(self.panels, numbers, self.weight.shape[0])
+
 
 def base_linear(
     module: nn.Module, *, deterministic: bool = False, rows_read: bool = True
@@ -87,6 +92,26 @@ def packs(weight: torch.Tensor) -> bool:
     """True if the native kernels serve a linear with this weight, and its panels are no larger."""
     on_cpu = weight.device.type == "cpu" and weight.dtype in PANEL_DTYPES
     return on_cpu and fills_panels(weight) and native.ensure()
+
+
+def tied_embedding(model: nn.Module) -> nn.Embedding | None:
+    """The input embedding, if it and the LM head are plain and one matrix that is nobody else's."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+    if type(embedding) is not nn.Embedding or not is_plain(head) or "forward" in vars(embedding):
+        return None
+    holders = {
+        module
+        for module in model.modules()
+        if any(p is head.weight for p in module._parameters.values())
+    }
+    return embedding if holders == {embedding, head} and embedding.max_norm is None else None
+
+
+def take_rows(embedding: nn.Embedding, head: PackedLinear) -> None:
+    """Let the embedding that is tied to an LM head read its rows out of the head's panels."""
+    del embedding.weight
+    embedding.weight = head.weight
+    embedding.forward = head.rows  # type: ignore[assignment,method-assign]
 
 
 def sharing_weights(model: nn.Module) -> set[nn.Module]:

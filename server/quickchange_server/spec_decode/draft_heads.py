@@ -27,7 +27,12 @@ from torch import Tensor
 from quickchange_kernels.lowrank.lowrank_contract import lowrank_
 from quickchange_kernels.turbo_heads.draft_logits import draft_logits
 from quickchange_kernels.turbo_heads.turbo_heads_contract import head_logits, turbo_heads
-from quickchange_server.model.adapter_layers import AdaptedEmbedding, AdaptedLinear, BaseLinear
+from quickchange_server.model.adapter_layers import (
+    AdaptedEmbedding,
+    AdaptedLinear,
+    BaseLinear,
+    PackedLinear,
+)
 from quickchange_server.model.input_buffers import Download, upload
 from quickchange_server.model.loading.model_loader import LoadedModel
 from quickchange_server.model.loading.spare_tokens import fence_
@@ -78,12 +83,13 @@ class HeadDrafter:
         self.waits = 0  # times that the host has waited for the device, for guides
         self._group = head.group.index if isinstance(head, AdaptedLinear) else None
         self._head = head.base if isinstance(head, AdaptedLinear) else head
-        self._plain = self._head if isinstance(self._head, BaseLinear) else None
+        base = self._head
+        self._rows = VocabularyRows(base) if isinstance(base, BaseLinear | PackedLinear) else None
         self._embedding = embedding.base if isinstance(embedding, AdaptedEmbedding) else embedding
 
     @property
     def facts(self) -> HeadFacts:
-        return HeadFacts(plain=self._plain is not None, group=self._group)
+        return HeadFacts(plain=self._rows is not None, group=self._group)
 
     def plan(self, items: Sequence[DraftItem], adapters: HeadAdapters, rows: int) -> DraftPlan:
         """Plan drafts of `items` (one at least) from so many rows of hidden states, on the host.
@@ -149,8 +155,8 @@ class HeadDrafter:
             states = self._states(part, hidden, states, call, first=number == 0)
             if part.module is not None:
                 self._through_module(part.module, states, call)
-            if part.subset is not None and self._plain is not None:
-                _over_subset(part.subset, self._plain, states, call)
+            if part.subset is not None and self._rows is not None:
+                _over_subset(part.subset, self._rows, states, call)
             for own in part.own:
                 _through_own(own, states, call)
             if guide is not None:
@@ -269,10 +275,42 @@ class DraftCall:
         return self.vocabulary[at].long()
 
 
-def _over_subset(part: SubsetLogits, head: BaseLinear, states: Tensor, call: DraftCall) -> None:
+class VocabularyRows:
+    """Rows of a plain LM head, by token.
+
+    Those of a packed one are copied out of its panels when a vocabulary first names them and stay,
+    once for all vocabularies: at most as many bytes as the head has.
+    """
+
+    def __init__(self, head: BaseLinear | PackedLinear) -> None:
+        self._head = head
+        self._weight: Tensor = head.weight
+        self._bias: Tensor | None = head.bias
+        self._place: Tensor | None = None  # int32 [V] each token's row of them; -1: none yet
+        if isinstance(head, PackedLinear):
+            self._weight = head.weight[:0]
+            self._bias = None if head.bias is None else head.bias[:0]
+            self._place = torch.full((len(head.weight),), -1, dtype=torch.int32)
+
+    def of(self, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rows [n, H], their biases [n], and which of them are those of `tokens`: int32 [S]."""
+        if not isinstance(self._head, PackedLinear) or self._place is None:
+            return self._weight, self._bias, tokens
+        places = self._place.index_select(0, tokens)
+        if places.numel() and int(places.min()) < 0:
+            new = torch.unique(tokens[places < 0].long())
+            self._place[new] = torch.arange(len(new), dtype=torch.int32) + len(self._weight)
+            self._weight = torch.cat([self._weight, self._head.rows(new)])
+            if self._bias is not None:
+                self._bias = torch.cat([self._bias, self._head.bias[new]])
+            places = self._place.index_select(0, tokens)
+        return self._weight, self._bias, places
+
+
+def _over_subset(part: SubsetLogits, head: VocabularyRows, states: Tensor, call: DraftCall) -> None:
     rows = _chosen(states, part.rows)
-    vocabulary, segments = call.vocabulary, part.segments
-    logits = draft_logits(rows, head.weight, vocabulary, segments, part.width, head.bias)
+    weight, bias, vocabulary = head.of(call.vocabulary)
+    logits = draft_logits(rows, weight, vocabulary, part.segments, part.width, bias)
     call.choose(logits, part.choice)
 
 

@@ -24,7 +24,13 @@ from transformers import PretrainedConfig
 from quickchange_server.adapters.module_groups import ModuleGroup
 from quickchange_server.errors import UnsupportedModelError
 from quickchange_server.model import paged_attention
-from quickchange_server.model.adapter_layers import base_linear, sharing_weights
+from quickchange_server.model.adapter_layers import (
+    PackedLinear,
+    base_linear,
+    sharing_weights,
+    take_rows,
+    tied_embedding,
+)
 from quickchange_server.model.architectures.attention_shims import (
     admit_attention_classes,
     replace_own_attention,
@@ -273,13 +279,21 @@ def _prepared(
         rows, called = _rows_of_short_pass(model)
     # Mamba multiplies by some linear's weight itself: it stays as it is.
     read = {module for path, module in model.named_modules() if path not in called}
-    kept = read | sharing_weights(model) | {model.get_output_embeddings()}  # type: ignore[operator]
+    sharing, tied = sharing_weights(model), tied_embedding(model)
+    heads = {model.get_output_embeddings()}  # type: ignore[operator]
+    if ranks is not None or extra_vocabulary:  # its rows are cut, or others come behind them
+        sharing |= heads
+    elif tied is not None:
+        sharing -= heads
+    kept = read | sharing
 
     def base(module: nn.Module) -> nn.Module:
-        if quantization == "none" or module in read:
-            # Drafts over some tokens, and a tied embedding, read rows of the head.
-            return base_linear(module, deterministic=deterministic, rows_read=module in kept)
         head = module is model.get_output_embeddings()  # type: ignore[operator]
+        if quantization == "none" or module in read:
+            made = base_linear(module, deterministic=deterministic, rows_read=module in kept)
+            if head and tied is not None and isinstance(made, PackedLinear):
+                take_rows(tied, made)
+            return made
         # The head's rounding reaches the logits as it is: int4 keeps it as int8.
         return quantized_linear(module, "int8" if head and quantization == "int4" else quantization)
 
