@@ -48,19 +48,19 @@ thread_local int64_t own_threads = 0;
 
 int64_t num_threads() { return own_threads ? own_threads : at::get_num_threads(); }
 
-// PyTorch's own operators on this thread alone while it lives: their team, which spins for
-// milliseconds after each of them, would take the cores from ours.
+// While it lives, PyTorch's own operators run on this thread alone, but those that say `wide`: their
+// team, which spins for milliseconds after each of them, would take the cores from ours.
 class OneTeam {
  public:
   OneTeam() : before_(own_threads), torch_(at::get_num_threads()) {
-    if (torch_ == 1) return;
     own_threads = num_threads();
-    omp_set_num_threads(1);
+    wide(false);
   }
   ~OneTeam() {
     own_threads = before_;
-    if (torch_ != 1) omp_set_num_threads(torch_);
+    wide(true);
   }
+  void wide(bool all) const { omp_set_num_threads(all ? torch_ : 1); }
 
  private:
   const int64_t before_;

@@ -233,7 +233,10 @@ class StepPlan : public torch::CustomClassHolder {
     const c10::InferenceMode inference;
     const OneTeam team;
     Values stack;
-    for (const Call& call : calls_) repeat(call, stack);
+    for (const Call& call : calls_) {
+      team.wide(call.wide);
+      repeat(call, stack);
+    }
   }
 
   // Pieces that somebody else than these outputs still holds: other steps write there.
@@ -254,7 +257,9 @@ class StepPlan : public torch::CustomClassHolder {
     Values inputs;
     std::vector<Piece> pieces;
     std::vector<std::pair<size_t, Tensor>> made;  // outputs in memory of its own, by their place
+    bool wide;  // it may use PyTorch's threads
   };
+  static constexpr int64_t WIDE = int64_t(1) << 20;  // elements: a product, and no copy of some rows
 
   // Of the thread that an operator runs on.
   struct Giving {
@@ -306,9 +311,13 @@ class StepPlan : public torch::CustomClassHolder {
     if (op && reads_values(*op) && refusal_.empty())
       refusal_ = c10::str(*name, " reads values on the host");
     if (depth_++ || !op) return;
-    call_.emplace(Call{*op, {}, {}, {}});
+    // Ours use them where they have no native version.
+    call_.emplace(Call{*op, {}, {}, {}, name->getNamespace() == "quickchange"});
     for (const auto& input : function.inputs())
-      call_->inputs.push_back(with_tensors(input, [&](const Tensor& tensor) { return kept(tensor); }));
+      call_->inputs.push_back(with_tensors(input, [&](const Tensor& tensor) {
+        call_->wide |= tensor.numel() >= WIDE;
+        return kept(tensor);
+      }));
     // What `empty` gives is filled by whoever called it, perhaps without an operator: not ours to share.
     if (name->name.find("::empty") == std::string::npos &&
         name->name.find("::new_empty") == std::string::npos) {

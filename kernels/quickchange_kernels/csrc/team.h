@@ -12,6 +12,7 @@
 #include <fstream>
 #include <mutex>
 #include <string>
+#include <system_error>
 #include <thread>
 
 #include <pthread.h>
@@ -112,7 +113,11 @@ class Team {
   }
 
   void gather(int64_t helpers) {
-    for (; threads_ < helpers; threads_++) std::thread([this, i = threads_] { help(i); }).detach();
+    try {
+      for (; threads_ < helpers; threads_++) std::thread([this, i = threads_] { help(i); }).detach();
+    } catch (const std::system_error&) {
+      // The system gives no more threads: those that are there do the work.
+    }
     helpers_.store(helpers, std::memory_order_relaxed);
   }
 
