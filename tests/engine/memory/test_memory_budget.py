@@ -111,12 +111,12 @@ def test_a_card_that_is_too_small_is_refused_with_all_that_would_help() -> None:
 def test_the_table_has_a_line_each_and_their_sum() -> None:
     lines = [
         MemoryLine("base", 3 << 29, "weights"),
-        MemoryLine("graphs", None, "none on a CPU"),
+        MemoryLine("graphs", None, "a CPU's recorded steps: half a MiB each"),
         MemoryLine("KV cache", 1 << 29, "10 tokens"),
     ]
     assert memory_table(lines, "of 4.00 GiB") == (
         "  base        1.50 GiB  weights\n"
-        "  graphs             -  none on a CPU\n"
+        "  graphs             -  a CPU's recorded steps: half a MiB each\n"
         "  KV cache   512.0 MiB  10 tokens\n"
         "  sum         2.00 GiB  of 4.00 GiB"
     )

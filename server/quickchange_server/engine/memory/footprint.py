@@ -146,7 +146,7 @@ def memory_lines(
     else:
         lines.append(MemoryLine("adapters", None, "switched off"))
     if parts is None:
-        lines.append(MemoryLine("graphs", None, "none on a CPU"))
+        lines.append(MemoryLine("graphs", None, "a CPU's recorded steps: half a MiB each"))
         lines.append(MemoryLine("scratch", None, "taken and given back in each step"))
     else:
         rows = graph_rows(settings)
