@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from quickchange_kernels import dispatch
 from quickchange_kernels.compile_watch import CompileWatch
@@ -185,6 +186,10 @@ class Engine:
             self._constraints.hold(sequence, submit.constraint)
         else:
             self.scheduler.add(sequence)
+
+    def watch_states(self, watch: Callable[[Tensor], None] | None) -> None:
+        """Tell `watch` of each step's hidden states, as `Runner.watch` says; None: nobody."""
+        self._runner.watch = watch
 
     def cancel(self, request_id: str) -> None:
         """Drop a request in any state; an unknown id is ignored."""

@@ -98,6 +98,9 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._dtype = dtype
+        # Told of the hidden states [R, H] of each step's sampled and scored rows, which hold until
+        # the next step is launched.
+        self.watch: Callable[[Tensor], None] | None = None
         self._sampler = Sampler(model.vocabulary, device)
         self._drafter = HeadDrafter(model, device)
         self._states_on = device if model.recurrent else None
@@ -205,6 +208,8 @@ class Runner:
         sampling = [item for item in sound if item.samples]
         drafting = self._drafting(sampling, depths, heads, faults)
         output, parts = self._forward(sound, inputs, drafting)
+        if self.watch is not None:
+            self.watch(output.hidden)
         rows = None
         if parts.read is not None:
             output, rows = _read(output, parts.read, inputs.shape.samples)

@@ -124,27 +124,28 @@ class _Pending:
 
 
 class _StateTap:
-    """Hook on the LM head that keeps its input: one row per token that a step samples, in order."""
+    """Keeps what enters the LM head: one row per token that a step samples, in order."""
 
-    def __init__(self, head: torch.nn.Module) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._rows: Tensor | None = None
-        self._handle = head.register_forward_pre_hook(self._keep)
+        self._engine = engine
+        engine.watch_states(self._keep)
 
-    def _keep(self, _head: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        self._rows = args[0].reshape(-1, args[0].shape[-1])
+    def _keep(self, rows: Tensor) -> None:
+        self._rows = rows
 
     def take(self) -> Tensor:
         """The last step's rows [tokens, H], on the CPU."""
         rows, self._rows = self._rows, None
         if rows is None:
-            raise RuntimeError("a step sampled tokens without calling the LM head")
+            raise RuntimeError("a step sampled tokens and gave no hidden states")
         return rows.to("cpu", copy=True)
 
     def __enter__(self) -> _StateTap:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._handle.remove()
+        self._engine.watch_states(None)
 
 
 def _paced(load: LoadAdapter) -> PacedLoad:
@@ -188,7 +189,6 @@ class InProcessEngine:
             model_check=settings.model_check,
         )
         self.device_bytes: dict[str, int] = {}  # memory of each adapter loaded, by digest
-        self._head = model.module.get_output_embeddings()  # type: ignore[operator]
         self._engine = Engine(
             model,
             settings,
@@ -273,7 +273,7 @@ class InProcessEngine:
         self._check((request,), False)
         sampling = replace(request.sampling, max_tokens=0, prompt_logprobs=0)
         parts: list[Tensor] = []
-        with _StateTap(self._head) as tap:
+        with _StateTap(self._engine) as tap:
             self._engine.submit(replace(request, sampling=sampling, drafting=None))
             while True:
                 self._awake.clear()
@@ -298,7 +298,7 @@ class InProcessEngine:
             raise ValueError("states are kept only of requests whose drafting is None")
 
     def _tap(self, states: bool) -> AbstractContextManager[_StateTap | None]:
-        return _StateTap(self._head) if states else nullcontext()
+        return _StateTap(self._engine) if states else nullcontext()
 
     def _submit(
         self,
