@@ -226,6 +226,7 @@ class StepPlan : public torch::CustomClassHolder {
     at::removeCallback(callback_);
     recording = nullptr;
     allocations = {};
+    if (calls_.empty() && refusal_.empty()) refusal_ = "PyTorch told of no operators";
     return refusal_;
   }
 

@@ -40,7 +40,6 @@ class NativeCapture:
             return _computed_anew(compute)
         plan = torch.classes.quickchange_native.StepPlan(self._memory)
         plan.begin()
-        refusal = "it was broken off"
         try:
             outputs = compute()
         finally:
