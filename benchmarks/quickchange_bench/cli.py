@@ -94,6 +94,13 @@ def _folder(model: Path) -> Path:
     return model
 
 
+def _base(model: str) -> Path:
+    """The folder of a base model, or the demo's for `demo`, made if it is not there."""
+    from quickchange_training.demo import ensure_demo_base
+
+    return ensure_demo_base() if model == "demo" else _folder(Path(model))
+
+
 def _print_point(point: Point) -> None:
     s = point.summary
     typer.echo(
@@ -312,10 +319,9 @@ def turbo_command(
 ) -> None:
     """What drafts bring on the demo's held-out prompts and on chat: on against off, by turns."""
     from quickchange_bench.engine.turbo_bench import TurboOptions, measure_turbo, turbo_table
-    from quickchange_training.demo import ensure_demo_base
 
     options = TurboOptions(
-        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        model=_base(model),
         store=None if store is None else Store.at(store).location,
         tasks=tuple(tasks.split(",")),
         base_heads=base_heads,
@@ -352,10 +358,9 @@ def replay_command(
 ) -> None:
     """Judge the purchase of drafts against oracles, on recorded outputs at measured prices."""
     from quickchange_bench.engine.replay_bench import ReplayOptions, replay_drafting, replay_table
-    from quickchange_training.demo import ensure_demo_base
 
     options = ReplayOptions(
-        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        model=_base(model),
         recording=recording,
         tasks=tuple(tasks.split(",")),
         dtypes=tuple(dtypes.split(",")),
@@ -388,10 +393,9 @@ def structured_command(
         measure_structured,
         structured_table,
     )
-    from quickchange_training.demo import ensure_demo_base
 
     options = StructuredOptions(
-        model=ensure_demo_base() if model == "demo" else _folder(Path(model)),
+        model=_base(model),
         store=None if store is None else Store.at(store).location,
         generations=generations,
         first=first,

@@ -126,7 +126,7 @@ TOKENIZERS = {
 
 @cache
 def plain(name: str) -> PlainTokenizer:
-    """As the API process gets it."""
+    """The tokenizer that the API process gets."""
     data = tokenizer_data(TOKENIZERS[name])
     assert data is not None
     return PlainTokenizer.of(pickle.loads(pickle.dumps(data)))
